@@ -1,0 +1,73 @@
+"""The `minillm` program: one app, one module per command, one place where errors become text."""
+
+import sys
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from minillm import __version__
+from minillm.cli.console import err as console
+from minillm.cli.pretrain import pretrain
+from minillm.errors import MinillmError
+
+
+class ErrorBoundary(TyperGroup):
+    """Turn a MinillmError into two lines on stderr and its exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command inside the boundary."""
+        try:
+            return super().invoke(ctx)
+        except MinillmError as error:
+            _line("error", str(error), "red")
+            if error.hint:
+                _line("hint", error.hint, "cyan")
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt:
+            _line("stopped", "by Ctrl-C", "yellow")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader of our output has gone: nothing left to say
+            raise typer.Exit(0) from None
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:  # a bug in minillm: show where, and ask for a report
+            if type(error).__module__.startswith(("typer", "click")):
+                raise
+            traceback.print_exc()
+            _line("bug", f"minillm {__version__} failed unexpectedly; please report this", "red")
+            raise typer.Exit(1) from error
+
+
+def _line(label: str, text: str, color: str) -> None:
+    console.print(f"[{color}]{label}:[/{color}]", end=" ", soft_wrap=True)
+    console.print(text, markup=False, soft_wrap=True)
+
+
+app = typer.Typer(
+    cls=ErrorBoundary,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"minillm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_show_version, help="Print the version."
+    ),
+) -> None:
+    """Small language models, from raw text to a chat server."""
+
+
+app.command()(pretrain)

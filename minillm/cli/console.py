@@ -1,0 +1,122 @@
+"""What the user sees: tables and progress on stderr, results on stdout.
+
+Colour follows `NO_COLOR` and whether the stream is a terminal (Rich decides both). When stderr is
+piped, bars become one plain line every few seconds.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from minillm.files import human_bytes, human_count, human_time
+
+PLAIN_EVERY_S = 5.0
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Talk: one line on stderr."""
+    err.print(text, markup=False)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a result table on stdout; numbers go right."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, name in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], (int, float)) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    out.print(table)
+
+
+def show_facts(title: str, facts: Mapping[str, object]) -> None:
+    """Print names and values on stdout."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, _cell(value))
+    out.print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+class Bar:
+    """The `Progress` of the command line."""
+
+    def __init__(self) -> None:
+        self._live: RichProgress | None = None
+        self._id = TaskID(0)
+        self._what, self._unit = "", ""
+        self._total: float | None = None
+        self._done, self._started, self._last_line, self._note = 0.0, 0.0, 0.0, ""
+
+    def start(self, what: str, total: float | None, unit: str) -> None:
+        """Begin a task."""
+        self._what, self._unit, self._total = what, unit, total
+        self._done, self._note = 0.0, ""
+        self._started = self._last_line = time.monotonic()
+        if err.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20))
+            self._live = RichProgress(
+                *columns, TextColumn("{task.fields[state]}"), console=err, transient=False
+            )
+            self._id = self._live.add_task(what, total=total, state="")
+            self._live.start()
+
+    def advance(self, amount: float) -> None:
+        """Report more units done."""
+        self._done += amount
+        if self._live is not None:
+            self._live.update(self._id, completed=self._done, state=self._state())
+        elif time.monotonic() - self._last_line >= PLAIN_EVERY_S:
+            self._last_line = time.monotonic()
+            say(f"{self._what}: {self._state()}")
+
+    def note(self, text: str) -> None:
+        """Show a short status beside the bar."""
+        self._note = text
+
+    def finish(self) -> None:
+        """End the task with a last line."""
+        if self._live is not None:
+            self._live.update(self._id, completed=self._done, state=self._state())
+            self._live.stop()
+            self._live = None
+        else:
+            say(f"{self._what}: {self._state()}")
+
+    def _state(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-6)
+        rate = self._done / seconds
+        parts = [self._amount(self._done)]
+        if self._total:
+            parts[0] += f"/{self._amount(self._total)}"
+        parts.append(f"{self._amount(rate)}/s")
+        if self._total and rate > 0 and self._done < self._total:
+            parts.append(f"ETA {human_time((self._total - self._done) / rate)}")
+        else:
+            parts.append(human_time(seconds))
+        return "  ".join([*parts, self._note] if self._note else parts)
+
+    def _amount(self, value: float) -> str:
+        return human_bytes(value) if self._unit == "bytes" else f"{human_count(value)} {self._unit}"
+
+
+def progress() -> Any:
+    """Return the progress display for a command."""
+    return Bar()

@@ -1,0 +1,178 @@
+"""Files that are whole or not there: atomic writes, hashes, locks, free space."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from minillm.errors import RunError, SetupError
+
+PART_SUFFIX = ".part"
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[bytes]]:
+    """Open a temporary file that becomes `path` only if the block succeeds.
+
+    The bytes are fsynced before the rename, so after a power cut `path` is the old or the new
+    file, never half of one. If the block raises, the temporary file is removed.
+
+    Raises:
+        SetupError: The disk is full or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART_SUFFIX}")
+    try:
+        with named_os_errors(path):
+            with part.open(mode) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(path)
+            fsync_folder(path.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_write(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable; does nothing where the system cannot."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Fsync every file below `folder`, then the folders."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb+") as stream:
+                os.fsync(stream.fileno())
+        else:
+            fsync_folder(path)
+    fsync_folder(folder)
+
+
+@contextlib.contextmanager
+def named_os_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a forbidden folder into a SetupError that names `path`."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = human_bytes(shutil.disk_usage(_existing(path)).free)
+            raise SetupError(
+                f"the disk is full while writing `{path}` ({free} free)",
+                hint=f"free some space (`df -h {_existing(path)}`) and run the same command again",
+            ) from err
+        if err.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise SetupError(
+                f"cannot write `{path}`: {err.strerror}",
+                hint=f"choose a folder you may write to, or `chmod u+w {_existing(path)}`",
+            ) from err
+        raise
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest folder at or above `path` that exists."""
+    path = path.absolute()
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def require_free_space(folder: Path, need_bytes: int, what: str) -> None:
+    """Refuse to begin when `folder`'s disk cannot hold `need_bytes`.
+
+    Raises:
+        SetupError: Less than `need_bytes` are free.
+    """
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < need_bytes:
+        raise SetupError(
+            f"{what} needs {human_bytes(need_bytes)} in `{folder}`, {human_bytes(free)} are free",
+            hint=f"free some space (`df -h {_existing(folder)}`) or choose another folder",
+        )
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `folder` (created if needed) for the block.
+
+    Raises:
+        RunError: Another process holds it.
+    """
+    import fcntl
+
+    with named_os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"another process is writing `{folder}`",
+                hint="wait for it, or choose another output folder",
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def human_bytes(size: float) -> str:
+    """Return e.g. `1.5 MB`, in powers of 1000.
+
+    >>> human_bytes(1_500_000)
+    '1.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def human_count(count: float) -> str:
+    """Return e.g. `1.2M`, in powers of 1000.
+
+    >>> human_count(1_234_567)
+    '1.2M'
+    """
+    for unit in ("", "k", "M", "B"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if unit == "" else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.1f}T"
+
+
+def human_time(seconds: float) -> str:
+    """Return e.g. `45 s`, `3m05s`, `2h07m`.
+
+    >>> human_time(185)
+    '3m05s'
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
