@@ -24,6 +24,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Show a short status beside the bar."""
 
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+
     def finish(self) -> None:
         """End the task."""
 
@@ -38,6 +41,9 @@ class Silent:
         """Ignore."""
 
     def note(self, text: str) -> None:
+        """Ignore."""
+
+    def line(self, text: str) -> None:
         """Ignore."""
 
     def finish(self) -> None:

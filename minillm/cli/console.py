@@ -91,6 +91,10 @@ class Bar:
         """Show a short status beside the bar."""
         self._note = text
 
+    def line(self, text: str) -> None:
+        """Print a line that stays, above the bar."""
+        say(text)
+
     def finish(self) -> None:
         """End the task with a last line."""
         if self._live is not None:

@@ -1,0 +1,62 @@
+"""Validation: loss, perplexity, bits per byte, and samples of text."""
+
+import math
+
+import numpy as np
+import torch
+
+from minillm.data.windows import IGNORE
+from minillm.models.generator import Generator
+from minillm.models.sampling import SamplingParams
+from minillm.train.job import Job
+
+
+@torch.no_grad()
+def evaluate(job: Job) -> dict[str, float]:
+    """Measure the model on all validation samples.
+
+    Returns:
+        `loss` in nats per token, `ppl` = exp(loss), and `bpb`: the bits to encode every token,
+        separators included, over the UTF-8 bytes of the text. Bits per byte is the one figure
+        that compares models with different tokenizers.
+    """
+    job.model.eval()
+    nats, tokens, text_bytes = 0.0, 0, 0
+    for first in range(0, job.source.num_val, job.micro_rows):
+        count = min(job.micro_rows, job.source.num_val - first)
+        rows = job.source.val_rows(first, count)
+        valid = rows.shift_labels != IGNORE
+        num_valid = int(valid.sum())
+        if num_valid == 0:
+            continue
+        with job.autocast():
+            loss = job.model(**job.tensors(rows), num_items_in_batch=num_valid, use_cache=False).loss
+        nats += float(loss) * num_valid
+        tokens += num_valid
+        text_bytes += int(job.byte_lengths[rows.shift_labels[valid]].sum())
+    job.model.train()
+    if tokens == 0:
+        return {}
+    loss_per_token = nats / tokens
+    return {
+        "loss": loss_per_token,
+        "ppl": math.exp(min(loss_per_token, 700.0)),
+        "bpb": nats / math.log(2) / max(1, text_bytes),
+    }
+
+
+def write_samples(job: Job) -> list[tuple[str, str]]:
+    """Continue the source's prompts greedily; return (prompt, continuation) pairs."""
+    if not job.report.sample_tokens:
+        return []
+    job.model.eval()
+    generator = Generator(job.model, job.tokenizer)
+    params = SamplingParams(
+        temperature=0, repetition_penalty=1.1, max_tokens=job.report.sample_tokens
+    )
+    pairs = []
+    for prompt in job.source.prompts():
+        text = str(job.tokenizer.decode(np.asarray(prompt), skip_special_tokens=True))
+        pairs.append((text, generator.generate(list(prompt), params).text))
+    job.model.train()
+    return pairs

@@ -1,0 +1,95 @@
+"""The pieces of a run, put together by `pretrain` and `sft` and driven by `loop`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from minillm.data.windows import Rows
+from minillm.settings import BatchConfig, OptimConfig, ReportConfig
+
+CPU_MICRO_TOKENS = 4_096
+GPU_MICRO_TOKENS = 32_768
+
+
+class Source(Protocol):
+    """Where batches come from; order is a function of the sample's index alone."""
+
+    def __len__(self) -> int:
+        """Training samples in one epoch."""
+
+    @property
+    def num_val(self) -> int:
+        """Validation samples."""
+
+    def rows(self, first: int, count: int) -> Rows:
+        """Return training samples `first` to `first + count` of the run."""
+
+    def val_rows(self, first: int, count: int) -> Rows:
+        """Return validation samples `first` to `first + count`."""
+
+    def prompts(self) -> Sequence[Sequence[int]]:
+        """Return the token ids that samples continue."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything the loop needs."""
+
+    stage: str
+    run: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    tokenizer_folder: Path
+    byte_lengths: npt.NDArray[np.int32]
+    """Text bytes of each token id, for bits per byte."""
+    source: Source
+    optim: OptimConfig
+    batch: BatchConfig
+    report: ReportConfig
+    total_steps: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of one optimizer step."""
+        return max(1, self.batch.batch_tokens // self.batch.sequence_length)
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows of one forward pass."""
+        if self.batch.micro_batch:
+            return min(self.batch.micro_batch, self.step_rows)
+        budget = GPU_MICRO_TOKENS if self.device.type == "cuda" else CPU_MICRO_TOKENS
+        return max(1, min(self.step_rows, budget // self.batch.sequence_length))
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between evaluations."""
+        return self.report.eval_every or max(1, self.total_steps // 10)
+
+    @property
+    def save_every(self) -> int:
+        """Steps between checkpoints."""
+        return self.report.save_every or max(1, self.total_steps // 5)
+
+    def tensors(self, rows: Rows) -> dict[str, Tensor]:
+        """Move a micro-batch to the device as the model's arguments."""
+        arrays: dict[str, Any] = {"input_ids": rows.input_ids, "shift_labels": rows.shift_labels}
+        if rows.position_ids is not None:
+            arrays["position_ids"] = rows.position_ids
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+            for name, array in arrays.items()
+        }
+
+    def autocast(self) -> torch.autocast:
+        """Compute in `dtype`; weights and optimizer stay fp32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

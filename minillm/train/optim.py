@@ -1,0 +1,81 @@
+"""Parameter groups and optimizers, and their state as named tensors.
+
+Muon (Jordan et al. 2024; `torch.optim.Muon`) updates the weight matrices inside the blocks,
+AdamW the embeddings, the head, vectors and anything that is not a matrix. Weight decay applies to
+the matrices only.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from minillm.settings import OptimConfig
+
+
+def build_optimizers(model: nn.Module, cfg: OptimConfig, device: torch.device) -> list[Optimizer]:
+    """Return the optimizers of a run; each group keeps its peak rate as `peak_lr`."""
+    matrices, others = split_parameters(model)
+    fused = device.type in ("cuda", "cpu")
+    groups = [{"params": others, "weight_decay": 0.0}]
+    optimizers: list[Optimizer] = []
+    if cfg.optimizer == "muon":
+        optimizers.append(Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+    else:
+        groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
+    optimizers.append(AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=fused))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return (matrices inside blocks, everything else), each parameter once."""
+    outer = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    }
+    head = getattr(model, "lm_head", None)
+    if isinstance(head, nn.Linear):
+        outer |= {id(parameter) for parameter in head.parameters()}
+    matrices, others = [], []
+    for parameter in model.parameters():
+        is_matrix = parameter.ndim == 2 and id(parameter) not in outer
+        (matrices if is_matrix else others).append(parameter)
+    return matrices, others
+
+
+def set_lr(optimizers: Sequence[Optimizer], share: float) -> None:
+    """Set each group's rate to `share` of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * share
+
+
+def optimizer_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Return every state tensor, named `<optimizer>.<parameter>.<key>`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{index}.{names[id(parameter)]}.{key}": value
+        for index, optimizer in enumerate(optimizers)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizers: Sequence[Optimizer], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = dict(model.named_parameters())
+    for full_name, value in tensors.items():
+        index, rest = full_name.split(".", 1)
+        name, key = rest.rsplit(".", 1)
+        parameter = parameters[name]
+        # AdamW counts steps in a CPU tensor unless fused on CUDA; moments live beside the weight
+        target = value.to(parameter.device) if value.ndim else value
+        optimizers[int(index)].state[parameter][key] = target

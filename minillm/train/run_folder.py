@@ -1,0 +1,144 @@
+"""A run's folder: made, described in `run.toml`, and checked before a run continues."""
+
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomllib
+import torch
+import transformers
+
+from minillm import __version__, paths
+from minillm.config import knobs, read_toml, to_plain, write_toml
+from minillm.device import describe
+from minillm.errors import ConfigError, InputError
+from minillm.files import named_os_errors
+
+RUN_FILE = "run.toml"
+
+# what may change when a run continues: none of it touches the numbers of a step
+_FREE = {"device", "compile", "activation_checkpointing", "precision"}
+_FREE_SECTIONS = {"report"}
+
+
+def begin_run(
+    cfg: Any, stage: str, name: str, out: Path | None, facts: Mapping[str, str], resume: bool
+) -> Path:
+    """Return the run's folder, created or, when resuming, checked.
+
+    Args:
+        cfg: The resolved config.
+        stage: `pretrain` or `sft`.
+        name: What is trained, for the folder's name.
+        out: The folder, or None for a new one below `runs/`.
+        facts: Fingerprints of data and tokenizer.
+        resume: Continue in `out`.
+
+    Raises:
+        ConfigError: `out` holds a run already, or a changed setting would break the resume.
+        InputError: Data or tokenizer are not what the run began with.
+    """
+    run = out or paths.new_run_folder(paths.RUNS, stage, name)
+    file = run / RUN_FILE
+    if file.is_file():
+        if not resume:
+            raise ConfigError(
+                f"`{run}` holds a run already",
+                hint=f"`minillm {stage} --resume {run}` continues it; or choose another `--out`",
+            )
+        _check_settings(cfg, file)
+        _check_facts(file, facts)
+        return run
+    with named_os_errors(run):
+        run.mkdir(parents=True, exist_ok=True)
+        write_toml(cfg, file, _provenance(cfg, facts))
+    return run
+
+
+def resolve_resume(given: str, stage: str) -> Path:
+    """Return the run folder that `--resume given` means; `latest` is the newest of the stage.
+
+    Raises:
+        InputError: There is no such run.
+    """
+    if given == "latest":
+        run = paths.latest_run(paths.RUNS, stage)
+        if run is None:
+            raise InputError(
+                f"no {stage} run below `{paths.RUNS}/` to resume", hint=f"run `minillm {stage}`"
+            )
+        return run
+    if not (Path(given) / RUN_FILE).is_file():
+        raise InputError(
+            f"no run to resume at `{given}`: it has no {RUN_FILE}",
+            hint=f"`minillm {stage} --resume latest` takes the newest run",
+        )
+    return Path(given)
+
+
+def _check_settings(cfg: Any, file: Path) -> None:
+    now, then = _flat(to_plain(cfg)), _flat(to_plain_from(file, type(cfg)))
+    for knob in knobs(type(cfg)):
+        if knob.name in _FREE or knob.section in _FREE_SECTIONS:
+            continue
+        if now.get(knob.path) != then.get(knob.path):
+            raise ConfigError(
+                f"`{knob.path}` was {then.get(knob.path)} when `{file.parent}` began, "
+                f"now {now.get(knob.path)}",
+                hint="leave that flag out to resume, or start a new run without `--resume`",
+            )
+
+
+def to_plain_from(file: Path, cls: type) -> dict[str, Any]:
+    """Read a run file as nested plain values."""
+    read_toml(cls, file)  # refuses unknown keys
+    return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": leaf for name, leaf in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _check_facts(file: Path, facts: Mapping[str, str]) -> None:
+    stored = tomllib.loads(file.read_text(encoding="utf-8")).get("provenance", {})
+    for name, value in facts.items():
+        if stored.get(name) != value:
+            raise InputError(
+                f"{name.replace('_', ' ')} has changed since `{file.parent}` began: "
+                f"was {str(stored.get(name))[:12]}…, is {value[:12]}…",
+                hint="put the old data back, or start a new run without `--resume`",
+            )
+
+
+def _provenance(cfg: Any, facts: Mapping[str, str]) -> dict[str, str]:
+    return {
+        "minillm": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "argv": " ".join(sys.argv),
+        **facts,
+    }
+
+
+def _commit() -> str:
+    """Return the git commit of the package's checkout; empty when installed from a wheel."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
