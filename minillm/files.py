@@ -5,11 +5,11 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from minillm.errors import RunError, SetupError
+from minillm.errors import InputError, RunError, SetupError
 
 PART_SUFFIX = ".part"
 
@@ -42,6 +42,61 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     with atomic_write(path) as stream:
         stream.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `path` only if the block succeeds.
+
+    An earlier `path` is replaced whole. Its place is empty for the moment between two renames, but
+    never holds half of anything.
+
+    Args:
+        path: The folder to make.
+        ours: Tells whether a file that lies in `path` already is one we may replace.
+
+    Raises:
+        InputError: `path` is a file, or holds files that are not ours.
+        RunError: Another process is making the same folder.
+        SetupError: The disk is full or the folder cannot be written.
+    """
+    _require_ours(path, ours)
+    part = path.with_name(f".{path.name}{PART_SUFFIX}")
+    old = path.with_name(f".{path.name}.old")
+    with folder_lock(part):
+        for leftover in part.iterdir():
+            _remove(leftover)
+        try:
+            with named_os_errors(path):
+                yield part
+                fsync_tree(part)
+                _remove(old)
+                if path.exists():
+                    path.rename(old)
+                part.rename(path)
+                fsync_folder(path.parent)
+        finally:
+            _remove(part)
+            _remove(old)
+
+
+def _require_ours(path: Path, ours: Callable[[Path], bool]) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"`{path}` is a file, a folder is wanted", hint="choose another `--out`")
+    foreign = [entry for entry in sorted(path.glob("*")) if not ours(entry)]
+    if foreign:
+        raise InputError(
+            f"`{path}` holds `{foreign[0].name}`, which this command did not make",
+            hint="choose another `--out`, or empty that folder yourself",
+        )
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder tree; nothing there is fine."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:

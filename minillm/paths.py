@@ -24,6 +24,7 @@ TOKENS = DATA / "tokens"
 PRETRAIN_BIN = DATA / "pretrain.bin"
 SFT_PARQUET = DATA / "sft.parquet"
 RUNS = Path("runs")
+RUN_FILE = "run.toml"
 
 BUNDLED = "bundled"
 """Wherever a path to data or a tokenizer is taken, this word means the one in the package."""
@@ -68,9 +69,30 @@ def latest_run(runs: Path, stage: str, *, finished: bool = False) -> Path | None
     found = [
         run
         for run in _runs(runs, f"{stage}-*")
-        if (run / "run.toml").is_file() and (not finished or is_complete(run / "final"))
+        if (run / RUN_FILE).is_file() and (not finished or is_complete(run / "final"))
     ]
-    return max(found, key=lambda run: (run / "run.toml").stat().st_mtime_ns, default=None)
+    return max(found, key=lambda run: (run / RUN_FILE).stat().st_mtime_ns, default=None)
+
+
+def resolve_resume(given: str, stage: str) -> Path:
+    """Return the run folder that `--resume given` means; `latest` is the newest of the stage.
+
+    Raises:
+        InputError: There is no such run.
+    """
+    if given == "latest":
+        run = latest_run(RUNS, stage)
+        if run is None:
+            raise InputError(
+                f"no {stage} run below `{RUNS}/` to resume", hint=f"run `minillm {stage}`"
+            )
+        return run
+    if not (Path(given) / RUN_FILE).is_file():
+        raise InputError(
+            f"no run to resume at `{given}`: it has no {RUN_FILE}",
+            hint=f"`minillm {stage} --resume latest` takes the newest run",
+        )
+    return Path(given)
 
 
 def is_complete(folder: Path) -> bool:

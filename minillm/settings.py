@@ -102,7 +102,19 @@ class IdentityConfig:
     assistant_name: Annotated[str, Doc("The model's name.")] = "MiniLLM"
     author: Annotated[str, Doc("Who made it.")] = "the minillm project"
     author_zh: Annotated[str, Doc("Who made it, in Chinese; empty: the same.")] = "minillm 项目"
-    identity_repeat: Annotated[int, Doc("How often each identity dialogue appears.")] = 8
+    identity_repeat: Annotated[
+        int, Doc("How often each identity dialogue appears, in other words each time.")
+    ] = 4
+
+    def __post_init__(self) -> None:
+        """Reject a model without a name."""
+        check_range(self, "identity_repeat", 1, 1000)
+        if not self.assistant_name.strip() or not self.author.strip():
+            raise ConfigError(
+                "the model needs a name and an author: "
+                f"`{self.assistant_name}`, `{self.author}`",
+                hint="pass --assistant-name NAME --author NAME, or --no-identity",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +286,13 @@ class SamplingConfig:
     max_tokens: Annotated[int, Doc("Longest answer, in tokens.")] = 256
     seed: Annotated[int | None, Doc("Seed of sampling; default: none.")] = None
 
+    def __post_init__(self) -> None:
+        """Reject values that no answer can be made with."""
+        check_range(self, "temperature", 0, 100)
+        check_range(self, "top_k", 0, 1_000_000)
+        check_positive(self, "top_p", "repetition_penalty", "max_tokens")
+        check_range(self, "top_p", 0, 1)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatConfig:
@@ -306,10 +325,18 @@ class ServeConfig:
         str, Doc("Name that clients use; empty: the run's or folder's name.")
     ] = ""
     api_key: Annotated[str, Doc("Key that clients must send; empty: none.")] = ""
+    temperature: Annotated[float, Doc("For requests that choose none; 0 is greedy.")] = 0.7
+    top_p: Annotated[float, Doc("For requests that choose none.")] = 0.9
+    max_waiting: Annotated[int, Doc("Requests that may wait; one more gets a 429.")] = 64
+    drain_s: Annotated[int, Doc("Seconds that running answers get when the server stops.")] = 10
 
     def __post_init__(self) -> None:
-        """Reject ports that do not exist."""
+        """Reject values that no server can use."""
         check_range(self, "port", 0, 65_535)
+        check_range(self, "temperature", 0, 2)
+        check_positive(self, "top_p", "max_waiting")
+        check_range(self, "top_p", 0, 1)
+        check_range(self, "drain_s", 0, 3600)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,13 @@ import typer
 from typer.core import TyperGroup
 
 from minillm import __version__
+from minillm.cli.chat import chat
 from minillm.cli.console import err as console
+from minillm.cli.demo import demo
 from minillm.cli.pretrain import pretrain
+from minillm.cli.sft import sft
+from minillm.cli.serve import serve
+from minillm.cli.train_tokenizer import train_tokenizer
 from minillm.errors import MinillmError
 
 
@@ -70,4 +75,9 @@ def root(
     """Small language models, from raw text to a chat server."""
 
 
+app.command()(demo)
 app.command()(pretrain)
+app.command()(sft)
+app.command("train-tokenizer")(train_tokenizer)
+app.command()(chat)
+app.command()(serve)

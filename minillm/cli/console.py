@@ -6,6 +6,7 @@ piped, bars become one plain line every few seconds.
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -124,3 +125,20 @@ class Bar:
 def progress() -> Any:
     """Return the progress display for a command."""
     return Bar()
+
+
+def show_run(run: Path, outcome: Any, then: str, stage: str) -> None:
+    """Say how a training run ended, and what to type next."""
+    state = outcome.state
+    if outcome.exit_code:
+        say(f"stopped and saved at step {state.step}")
+        say(f"hint: `minillm {stage} --resume {run}` continues it")
+        return
+    facts: dict[str, object] = {"model": f"{run / 'final'}", "report": f"{run / 'report.md'}"}
+    if state.last_eval:
+        first, last = state.first_eval, state.last_eval
+        facts["validation loss"] = f"{first['loss']:.3f} → {last['loss']:.3f}"
+        facts["bits per byte"] = f"{first['bpb']:.3f} → {last['bpb']:.3f}"
+    facts["speed"] = f"{human_count(state.tokens / max(state.train_seconds, 1e-9))} tokens/s"
+    facts["next"] = then
+    show_facts(run.name, facts)

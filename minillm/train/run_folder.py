@@ -18,8 +18,6 @@ from minillm.device import describe
 from minillm.errors import ConfigError, InputError
 from minillm.files import named_os_errors
 
-RUN_FILE = "run.toml"
-
 # what may change when a run continues: none of it touches the numbers of a step
 _FREE = {"device", "compile", "activation_checkpointing", "precision"}
 _FREE_SECTIONS = {"report"}
@@ -43,7 +41,7 @@ def begin_run(
         InputError: Data or tokenizer are not what the run began with.
     """
     run = out or paths.new_run_folder(paths.RUNS, stage, name)
-    file = run / RUN_FILE
+    file = run / paths.RUN_FILE
     if file.is_file():
         if not resume:
             raise ConfigError(
@@ -57,27 +55,6 @@ def begin_run(
         run.mkdir(parents=True, exist_ok=True)
         write_toml(cfg, file, _provenance(cfg, facts))
     return run
-
-
-def resolve_resume(given: str, stage: str) -> Path:
-    """Return the run folder that `--resume given` means; `latest` is the newest of the stage.
-
-    Raises:
-        InputError: There is no such run.
-    """
-    if given == "latest":
-        run = paths.latest_run(paths.RUNS, stage)
-        if run is None:
-            raise InputError(
-                f"no {stage} run below `{paths.RUNS}/` to resume", hint=f"run `minillm {stage}`"
-            )
-        return run
-    if not (Path(given) / RUN_FILE).is_file():
-        raise InputError(
-            f"no run to resume at `{given}`: it has no {RUN_FILE}",
-            hint=f"`minillm {stage} --resume latest` takes the newest run",
-        )
-    return Path(given)
 
 
 def _check_settings(cfg: Any, file: Path) -> None:

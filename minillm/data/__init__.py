@@ -1,0 +1,1 @@
+"""From text and dialogues to token files: documents, tokenizer, .bin files, SFT rows, windows."""

@@ -1,0 +1,138 @@
+"""What every model of this package offers beyond transformers' own contract.
+
+A model file subclasses `MiniPreTrainedModel`, names the official architecture that it equals, and
+gets: parameter and FLOP counts, a cache to decode with, metrics of the last forward pass, and the
+way to the official class and back.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from minillm.models.cache import ReservedLayer
+
+
+@dataclass(frozen=True, slots=True)
+class ParamCount:
+    """Numbers of parameters; a tied matrix counts once."""
+
+    total: int
+    active: int
+    """Those that one token passes through: all of a dense model, the chosen experts of a MoE."""
+    embedding: int
+    """The input table, which is looked up and not multiplied."""
+
+
+def param_count(model: PreTrainedModel) -> ParamCount:
+    """Count the parameters of any causal LM."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    return ParamCount(total, total - getattr(model, "num_idle_params", 0), embedding)
+
+
+def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
+    """Return the FLOPs of one token in training, forward and backward, of any causal LM.
+
+    6 for each parameter that is multiplied (Kaplan et al. 2020), the head included, and
+    12 * layers * heads * head size * seq_len for attention (PaLM, appendix B). By that convention
+    the masked half of causal attention counts, although good kernels skip it.
+    """
+    count, config = param_count(model), model.config
+    head = model.get_output_embeddings()
+    is_tied = head is not None and head.weight is model.get_input_embeddings().weight
+    multiplied = count.active - (0 if is_tied else count.embedding)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6.0 * multiplied + 12.0 * config.num_hidden_layers * heads * head_dim * seq_len
+
+
+class MiniPreTrainedModel(PreTrainedModel):
+    """Flags that hold for every architecture here, and the extras."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    official_type: ClassVar[str]
+    """`model_type` of the architecture in transformers that this one equals."""
+
+    @property
+    def num_idle_params(self) -> int:
+        """Parameters that one token does not pass through: the experts not chosen."""
+        return 0
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Named scalars of the last forward pass that a training loop may log; here none."""
+        return {}
+
+    def param_count(self) -> ParamCount:
+        """Count parameters."""
+        return param_count(self)
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Return the FLOPs of one token in training, forward and backward."""
+        return flops_per_token(self, seq_len)
+
+    def make_cache(self, num_slots: int, max_len: int) -> Cache:
+        """Return an empty cache for `num_slots` sequences that advance together.
+
+        Memory for `max_len` tokens is reserved now; it grows if that is not enough.
+        """
+        config = self.config
+        cache = Cache(layers=[ReservedLayer(max_len) for _ in range(config.num_hidden_layers)])
+        cache.early_initialization(
+            num_slots, config.num_key_value_heads, config.head_dim, self.dtype, self.device
+        )
+        return cache
+
+    def export_official(self) -> PreTrainedModel:
+        """Return the official class with this model's weights (copied).
+
+        `model.export_official().save_pretrained(folder)` makes a folder for any tool that knows
+        the official architecture.
+        """
+        return _convert(self, official_config(self.config, self.official_type))
+
+    @classmethod
+    def from_official(cls, official: PreTrainedModel) -> Self:
+        """Return a model of this class with the weights of an official one (copied).
+
+        Raises:
+            ValueError: `official` is of another architecture.
+        """
+        if official.config.model_type != cls.official_type:
+            raise ValueError(
+                f"{cls.__name__} takes a `{cls.official_type}` model, "
+                f"not `{official.config.model_type}`"
+            )
+        fields = official.config.to_dict() | {"model_type": cls.config_class.model_type}
+        model: Self = _convert(official, cls.config_class.from_dict(fields))
+        return model
+
+
+def official_config(config: PreTrainedConfig, official_type: str) -> PreTrainedConfig:
+    """Return the official config with the same fields."""
+    fields = config.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(name, None)
+    made: PreTrainedConfig = AutoConfig.for_model(official_type, **fields)
+    return made
+
+
+def _convert(source: PreTrainedModel, config: PreTrainedConfig) -> Any:
+    config._attn_implementation = source.config._attn_implementation
+    with init.no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=source.dtype)
+    model.load_state_dict(source.state_dict())
+    model.generation_config = source.generation_config
+    return model.to(source.device).train(source.training)

@@ -1,0 +1,130 @@
+"""Cross entropy of a linear head without ever storing the logits of all positions.
+
+The head is multiplied a few hundred positions at a time; each block's probabilities become its
+gradient in place while they are still in cache, and only the gradients of the inputs and of the
+head are kept. On two cores, forward and backward of 4,096 x 256 into 6,144 words take 330 ms
+against 400, and memory for the logits falls from 300 MB to 12. The price: no logits to look at,
+and no second derivative.
+
+N positions · C positions of a block · D model · V vocabulary
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+"""Label of a position that has no loss, as everywhere in PyTorch."""
+
+BLOCK_BYTES = 16 * 2**20
+"""Size of a block of logits on a CPU: about what a core's share of the last-level cache holds."""
+
+GPU_BLOCK_BYTES = 2**30
+"""On a GPU a block must be large enough to fill the device."""
+
+
+def causal_lm_loss(
+    model: nn.Module, hidden_BTD: Tensor, logits_BTV: Tensor | None, **kwargs: Any
+) -> Tensor | None:
+    """Return the loss that a causal LM's keyword arguments ask for, or None.
+
+    Args:
+        model: Gives `lm_head`, `loss_function` and `config`.
+        hidden_BTD: Input of the head.
+        logits_BTV: Its output, or None to compute the loss without storing it.
+        **kwargs: `labels` (shifted here) or `shift_labels` (shifted already), and
+            `num_items_in_batch`: the mean is taken over that many labels, not over those here.
+    """
+    labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+    if labels is None and shift_labels is None:
+        return None
+    if logits_BTV is not None:
+        loss: Tensor = model.loss_function(  # type: ignore[operator]
+            logits=logits_BTV,
+            labels=labels,
+            vocab_size=logits_BTV.shape[-1],
+            shift_labels=shift_labels,
+            **kwargs,
+        )
+        return loss
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
+    weight_VD = model.lm_head.weight  # type: ignore[union-attr]
+    total = linear_cross_entropy(
+        hidden_BTD.flatten(0, -2), weight_VD, shift_labels.flatten()  # type: ignore[arg-type]
+    )
+    num_items = kwargs.get("num_items_in_batch")
+    return total / ((shift_labels != IGNORE).sum() if num_items is None else num_items)
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Return the sum over labelled positions of `-log softmax(x @ weight.T)[label]`, in fp32.
+
+    Equals `F.cross_entropy(x @ weight.T, labels, reduction="sum")` to rounding, autocast included.
+    """
+    device = x_ND.device.type
+    if torch.compiler.is_compiling():  # inductor fuses the plain form well enough
+        logits_NV = F.linear(x_ND, weight_VD).float()
+        return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
+    if torch.is_autocast_enabled(device):
+        x_ND = x_ND.to(torch.get_autocast_dtype(device))
+    if device == "cpu":
+        # answers are a part of a fine-tuning row: the rest needs no head at all
+        kept_N = labels_N != IGNORE
+        if not bool(kept_N.all()):
+            x_ND, labels_N = x_ND[kept_N], labels_N[kept_N]
+    with torch.autocast(device, enabled=False):
+        total: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N)
+    return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor
+    ) -> Tensor:
+        """Return the summed loss, and keep its gradients."""
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        w_VD = weight_VD.to(x_ND.dtype)
+        dx_ND = torch.empty_like(x_ND) if needs_x else None
+        # summed over blocks in the weights' own dtype: bf16 sums would lose the small ones
+        dw_VD = torch.zeros_like(weight_VD) if needs_weight else None
+        total = x_ND.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(x_ND), block := _block_rows(x_ND, len(weight_VD))):
+            x_CD = x_ND[start : start + block]
+            labels_C1 = labels_N[start : start + block, None]
+            valid_C1 = labels_C1 != IGNORE
+            index_C1 = labels_C1.where(valid_C1, 0)
+            logp_CV = torch.log_softmax(x_CD @ w_VD.T, dim=-1, dtype=torch.float32)
+            total -= logp_CV.gather(1, index_C1).mul_(valid_C1).sum()
+            if dx_ND is None and dw_VD is None:
+                continue
+            # d loss / d logits = p - onehot; rows without a label are zeroed in the smaller factor
+            p_CV = logp_CV.exp_()
+            p_CV.scatter_add_(1, index_C1, p_CV.new_full(index_C1.shape, -1.0))
+            d_CV = p_CV.to(x_ND.dtype)
+            if dx_ND is not None:
+                dx_CD = dx_ND[start : start + block]
+                torch.mm(d_CV, w_VD, out=dx_CD).mul_(valid_C1)
+            if dw_VD is not None:
+                dw_VD += d_CV.T @ (x_CD * valid_C1)
+        ctx.save_for_backward(dx_ND, dw_VD)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(  # type: ignore[override]
+        ctx: Any, g: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return the kept gradients times `g`."""
+        dx_ND, dw_VD = ctx.saved_tensors
+        dx_ND = None if dx_ND is None else dx_ND * g.to(dx_ND.dtype)
+        return dx_ND, None if dw_VD is None else dw_VD * g.to(dw_VD.dtype), None
+
+
+def _block_rows(x_ND: Tensor, vocab_size: int) -> int:
+    size_bytes = BLOCK_BYTES if x_ND.device.type == "cpu" else GPU_BLOCK_BYTES
+    return max(64, size_bytes // (4 * vocab_size))

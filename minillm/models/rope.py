@@ -1,0 +1,71 @@
+"""Rotary position embedding (Su et al. 2021, eq. 34), in the half-split layout of Llama.
+
+Each pair of features (i, i + K/2) is turned by the angle `position * theta^(-2i/K)`, so that the
+product of a query and a key depends on their distance only. Frequency scaling for longer
+contexts (linear, dynamic, yarn, longrope, llama3) comes from transformers by the `rope_type`.
+
+B batch · T positions · H heads · K head size
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosine and sine tables for given positions.
+
+    Attribute and buffer names are those that transformers looks for when it loads a model on the
+    meta device and when a scaling changes with the length.
+    """
+
+    inv_freq: Tensor
+    original_inv_freq: Tensor
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        init: Callable[..., tuple[Tensor, float]] = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: PreTrainedConfig, **_: Any
+    ) -> tuple[Tensor, float]:
+        """Return the K/2 frequencies and the factor of the tables (1: unscaled)."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of shape `(B, T, 1, K)` in the dtype of `x`.
+
+        The first half of sin is negated: `apply_rope` then needs no negation.
+        """
+        # fp32 whatever the model's dtype: bf16 cannot tell position 257 from 258
+        angles = position_ids[..., None, None].float() * self.inv_freq.to(x.device, torch.float)
+        cos, sin = angles.cos(), angles.sin()
+        scale = self.attention_scaling
+        cos_BT1K = torch.cat((cos, cos), dim=-1).mul_(scale).to(x.dtype)
+        sin_BT1K = torch.cat((-sin, sin), dim=-1).mul_(scale).to(x.dtype)
+        return cos_BT1K, sin_BT1K
+
+
+def apply_rope(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
+    """Turn every feature pair of `x` by its position's angle.
+
+    Works on the layout in which projections come out, so that nothing is copied to transpose.
+    """
+    swapped_BTHK = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x_BTHK * cos_BT1K, swapped_BTHK, sin_BT1K)

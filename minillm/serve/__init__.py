@@ -1,0 +1,1 @@
+"""From a trained model to people: the OpenAI-compatible server and the terminal chat."""

@@ -1,0 +1,309 @@
+"""The OpenAI-compatible HTTP interface: routes, streaming, errors, limits.
+
+Knows nothing of how tokens are made: it talks to a `minillm.serve.backend.Backend`. A client that
+goes away frees its place at once, streaming or not. Browsers of other sites get nothing: there
+are no CORS headers.
+"""
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from minillm.errors import MinillmError
+from minillm.serve.backend import Backend, Job, Run
+from minillm.serve.page import load_page
+from minillm.serve.problems import ApiError, error_body, status_of, too_long, unknown_model
+from minillm.serve.replies import ChatReply, CompletionReply, Reply
+from minillm.serve.schema import (
+    MAX_RUNS,
+    ChatRequest,
+    CompletionRequest,
+    Defaults,
+    check_ids,
+    parse,
+    sampling_params,
+)
+from minillm.serve.think import OPEN, TAIL
+
+MAX_BODY_BYTES = 16 * 2**20
+OPEN_PATHS = frozenset(("/", "/health"))
+"""What needs no API key."""
+
+LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""Finds every escape that may be one; most are halves of a proper pair."""
+
+logger = logging.getLogger("minillm")
+
+
+def create_app(
+    backend: Backend, *, model: str, defaults: Defaults | None = None, api_key: str = ""
+) -> FastAPI:
+    """Build the application.
+
+    Args:
+        backend: What makes the tokens.
+        model: The name that clients use.
+        defaults: Sampling where a request has none.
+        api_key: Required as `Authorization: Bearer KEY` on all but `OPEN_PATHS`; empty: no key.
+    """
+    api = Api(backend, model, defaults or Defaults())
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    routes: Sequence[tuple[str, str, Callable[..., Any]]] = (
+        ("GET", "/", api.page),
+        ("GET", "/health", api.health),
+        ("GET", "/v1/models", api.models),
+        ("GET", "/v1/models/{model_id:path}", api.model),
+        ("POST", "/v1/chat/completions", api.chat),
+        ("POST", "/v1/completions", api.completions),
+    )
+    for method, path, endpoint in routes:
+        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    for kind in (MinillmError, HTTPException, Exception):
+        app.add_exception_handler(kind, show_error)
+    if api_key:
+        app.add_middleware(KeyRequired, key=api_key)
+    return app
+
+
+async def show_error(request: Request, error: Exception) -> JSONResponse:
+    """Turn any exception into the JSON body of an OpenAI error."""
+    if isinstance(error, HTTPException):  # the router's own: no such path or method
+        code = {404: "not_found", 405: "method_not_allowed"}.get(
+            error.status_code, "invalid_request"
+        )
+        message = f"{error.detail}: {request.method} on this path"
+        headers = dict(error.headers or {})
+        error = ApiError(message, status=error.status_code, code=code, headers=headers)
+    headers = error.headers if isinstance(error, ApiError) else {}
+    return JSONResponse(error_body(error), status_of(error), headers)
+
+
+class KeyRequired:
+    """Middleware that lets only bearers of the key pass."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        """Guard `app`."""
+        self._app, self._expected = app, b"bearer " + key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 401."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            return await self._app(scope, receive, send)
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        given = given[:7].lower() + given[7:]
+        if hmac.compare_digest(given, self._expected):
+            return await self._app(scope, receive, send)
+        error = ApiError(
+            "the API key is missing or wrong; send it as `Authorization: Bearer KEY`",
+            status=401,
+            code="invalid_api_key",
+            kind="authentication_error",
+        )
+        response = JSONResponse(error_body(error), 401, {"www-authenticate": "Bearer"})
+        return await response(scope, receive, send)
+
+
+class Api:
+    """The endpoints, and what they share."""
+
+    def __init__(self, backend: Backend, model: str, defaults: Defaults) -> None:
+        """Serve `backend` under the name `model`."""
+        self._backend, self._model, self._defaults = backend, model, defaults
+        self._created = int(time.time())
+        self._page, self._page_headers = load_page()
+
+    async def page(self) -> Response:
+        """Return the chat page."""
+        return Response(self._page, media_type="text/html", headers=self._page_headers)
+
+    async def health(self) -> Response:
+        """Tell whether text can be generated; never waits for a generation."""
+        alive = self._backend.is_alive
+        return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
+
+    async def models(self) -> dict[str, Any]:
+        """List the one model."""
+        return {"object": "list", "data": [self._card()]}
+
+    async def model(self, model_id: str) -> dict[str, Any]:
+        """Describe the model; 404 for any other."""
+        self._check_model(model_id)
+        return self._card()
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        call = parse(ChatRequest, await read_json(request))
+        self._check_model(call.model)
+        messages = call.plain_messages()
+        self._check_size((turn["content"] for turn in messages), "messages")
+        think = call.chat_template_kwargs.enable_think
+        ids = await asyncio.to_thread(self._backend.encode_chat, messages, think=think)
+        inside = await asyncio.to_thread(self._backend.decode, ids[-TAIL:])
+        runs = self._runs(call, [ids], "messages")
+        reply = ChatReply(self._model, len(ids), call.n, inside=inside.rstrip().endswith(OPEN))
+        return await self._answer(request, call, runs, reply)
+
+    async def completions(self, request: Request) -> Response:
+        """Continue plain text."""
+        call = parse(CompletionRequest, await read_json(request))
+        self._check_model(call.model)
+        if len(call.prompt) * call.n > MAX_RUNS:
+            message = f"`prompt` and `n` ask for {len(call.prompt) * call.n} answers"
+            raise ApiError(f"{message}; the limit is {MAX_RUNS}", param="n")
+        texts = [item for item in call.prompt if isinstance(item, str)]
+        self._check_size(texts, "prompt")
+        encoded = [await self._ids(item) for item in call.prompt]
+        runs = self._runs(call, encoded, "prompt")
+        echoes = [await self._text(item) for item in call.prompt for _ in range(call.n * call.echo)]
+        num_tokens = sum(len(ids) for ids in encoded)
+        reply = CompletionReply(self._model, num_tokens, len(runs), echoes=echoes)
+        return await self._answer(request, call, runs, reply)
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "minillm",
+            "max_model_len": self._backend.max_context,
+        }
+
+    def _check_model(self, given: str) -> None:
+        if given != self._model:
+            raise unknown_model(given, self._model)
+
+    def _check_size(self, texts: Any, param: str) -> None:
+        """Refuse what cannot fit before time goes into tokenizing it."""
+        limit = self._backend.max_prompt_bytes()
+        if any(len(text.encode()) > limit for text in texts):
+            raise too_long(None, self._backend.max_context, param)
+
+    async def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return await asyncio.to_thread(self._backend.encode, prompt)
+        check_ids(prompt, self._backend.vocab_size, "prompt")
+        return prompt
+
+    async def _text(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return await asyncio.to_thread(self._backend.decode, prompt)
+
+    def _runs(
+        self, call: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], param: str
+    ) -> list[Run]:
+        check_ids(call.logit_bias, self._backend.vocab_size, "logit_bias")
+        limit = self._backend.max_context
+        runs = []
+        for ids in prompts:
+            if not ids:
+                raise ApiError(f"`{param}` is empty", param=param)
+            room = limit - len(ids)
+            if room <= 0:
+                raise too_long(len(ids), limit, param)
+            for choice in range(call.n):
+                params = sampling_params(call, self._defaults, room=room, choice=choice)
+                runs.append(Run(ids, params))
+        return runs
+
+    async def _answer(
+        self, request: Request, call: ChatRequest | CompletionRequest, runs: list[Run], reply: Reply
+    ) -> Response:
+        job = self._backend.submit(runs)
+        watcher = asyncio.create_task(abort_on_disconnect(request.receive, job))
+        if call.stream:
+            events = stream_events(job, reply, watcher, include_usage=call.include_usage)
+            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        try:
+            async for index, delta in job:
+                reply.feed(index, delta)
+        finally:
+            is_gone = watcher.done()
+            watcher.cancel()
+            job.abort()
+        if is_gone:
+            return Response(status_code=499)  # nobody reads it
+        reply.check_finished()
+        return JSONResponse(reply.body())
+
+
+async def read_json(request: Request) -> Any:
+    """Return the decoded body.
+
+    Raises:
+        ApiError: 413 above `MAX_BODY_BYTES`; 400 if it is not JSON.
+    """
+    pieces, size = [], 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > 4 * MAX_BODY_BYTES:
+            break  # a client that sends without end is cut off
+        if size <= MAX_BODY_BYTES:  # the rest is read and dropped: a client reads its answer last
+            pieces.append(piece)
+    if size > MAX_BODY_BYTES:
+        raise ApiError(
+            f"the request body is larger than {MAX_BODY_BYTES} bytes",
+            status=413,
+            code="request_too_large",
+            headers={"connection": "close"},
+        )
+    try:
+        text = b"".join(pieces).decode("utf-8")
+        body = json.loads(text, parse_constant=_no_constant)
+        if LONE_SURROGATE.search(text):  # half a character: no tokenizer takes it
+            json.dumps(body, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError):
+        raise ApiError("the request body is not valid JSON", code="invalid_json") from None
+    return body
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)  # NaN and Infinity are not JSON
+
+
+async def abort_on_disconnect(receive: Callable[[], Awaitable[Any]], job: Job) -> None:
+    """Wait until the client has gone, then free its place."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    job.abort()
+
+
+async def stream_events(
+    job: Job, reply: Reply, watcher: "asyncio.Task[None]", *, include_usage: bool
+) -> AsyncIterator[str]:
+    """Yield server-sent events to the end of the job, always closed by `[DONE]`."""
+    try:
+        for chunk in reply.opening():
+            yield _event(chunk)
+        async for index, delta in job:
+            for chunk in reply.feed(index, delta):
+                yield _event(chunk)
+        reply.check_finished()
+        if include_usage:
+            yield _event(reply.usage_chunk())
+    except Exception as error:
+        if not isinstance(error, MinillmError):
+            logger.exception("a streamed request failed")
+        yield _event(error_body(error))
+    finally:
+        watcher.cancel()
+        job.abort()
+    yield "data: [DONE]\n\n"
+
+
+def _event(data: Mapping[str, Any]) -> str:
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    for char in "\u0085\u2028\u2029":  # some clients take these for line ends
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return f"data: {text}\n\n"

@@ -1,0 +1,169 @@
+"""Responses of the OpenAI API, built from deltas as they come.
+
+One reply object serves both modes: `feed` returns the chunks of a stream, `body` the whole.
+Clients trip over small things, so these hold: one id and `created` throughout, the role first,
+exactly one `finish_reason` per choice, reasoning and content never in one chunk, and usage counted
+in tokens.
+"""
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from minillm.errors import RunError
+from minillm.models.generator import Delta
+from minillm.serve.think import Part, ThinkSplitter
+
+
+class Reply:
+    """What chat and plain completions share."""
+
+    prefix, kind, chunk_kind = "", "", ""
+
+    def __init__(self, model: str, prompt_tokens: int, num_choices: int) -> None:
+        """Begin a reply of `num_choices` answers; `prompt_tokens` counts each prompt once."""
+        self._head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._prompt_tokens, self._completion_tokens = prompt_tokens, 0
+        self._finish: list[str | None] = [None] * num_choices
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the chunks that go out before any token."""
+        return []
+
+    def feed(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        """Take a delta of choice `index` and return its chunks.
+
+        Raises:
+            RunError: The generation was cut short by the server.
+        """
+        self._completion_tokens += len(delta.token_ids)
+        if delta.finish_reason == "cancelled":
+            raise RunError("the server stopped this generation")
+        return self._take(index, delta)
+
+    def check_finished(self) -> None:
+        """Raise RunError unless every choice has come to its end."""
+        if None in self._finish:
+            raise RunError("the server stopped this generation")
+
+    def usage(self) -> dict[str, int]:
+        """Return the token counts."""
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+        }
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """Return the last chunk of a stream that was asked for usage."""
+        return {**self._chunk([]), "usage": self.usage()}
+
+    def body(self) -> dict[str, Any]:
+        """Return the response of a request that does not stream."""
+        choices = [self._choice(index) for index in range(len(self._finish))]
+        return {**self._head, "object": self.kind, "choices": choices, "usage": self.usage()}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.chunk_kind, "choices": choices}
+
+    def _take(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        raise AssertionError("each kind of reply has its own")
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        raise AssertionError("each kind of reply has its own")
+
+
+class ChatReply(Reply):
+    """`chat.completion` and its chunks; a `<think>` part becomes `reasoning_content`."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str, prompt_tokens: int, num_choices: int, *, inside: bool) -> None:
+        """Begin; `inside` tells that the prompt ends with an open `<think>`."""
+        super().__init__(model, prompt_tokens, num_choices)
+        self._splitters = [ThinkSplitter(inside=inside) for _ in range(num_choices)]
+        self._parts: list[list[Part]] = [[] for _ in range(num_choices)]
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return one chunk per choice that names the role."""
+        first = {"role": "assistant", "content": ""}
+        return [self._delta(index, first) for index in range(len(self._finish))]
+
+    def _take(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        parts = self._splitters[index].feed(delta.text)
+        if delta.finish_reason:
+            parts += self._splitters[index].flush()
+        self._parts[index] += parts
+        chunks = [self._delta(index, _fields(part.kind, part.text)) for part in parts]
+        if delta.finish_reason:
+            self._finish[index] = delta.finish_reason
+            chunks.append(self._delta(index, {}, delta.finish_reason))
+        return chunks
+
+    def _delta(
+        self, index: int, fields: dict[str, str], finish: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": fields, "logprobs": None, "finish_reason": finish}
+        return self._chunk([choice])
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        parts = self._parts[index]
+        think = "".join(part.text for part in parts if part.kind == "think")
+        text = "".join(part.text for part in parts if part.kind == "text")
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if think:
+            message |= _fields("think", think)
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": None,
+            "finish_reason": self._finish[index],
+        }
+
+
+def _fields(kind: str, text: str) -> dict[str, str]:
+    if kind == "think":  # two names, for clients are split between them
+        return {"reasoning_content": text, "reasoning": text}
+    return {"content": text}
+
+
+class CompletionReply(Reply):
+    """`text_completion`; the chunks of a stream have the same name."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(
+        self, model: str, prompt_tokens: int, num_choices: int, *, echoes: Sequence[str]
+    ) -> None:
+        """Begin; `echoes` has the text that each choice starts with, or is empty."""
+        super().__init__(model, prompt_tokens, num_choices)
+        self._echoes = echoes
+        self._texts = [[echo] for echo in echoes] or [[] for _ in range(num_choices)]
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the prompts, if they are to be echoed."""
+        return [self._text_chunk(index, echo) for index, echo in enumerate(self._echoes) if echo]
+
+    def _take(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        self._texts[index].append(delta.text)
+        self._finish[index] = delta.finish_reason
+        if not delta.text and not delta.finish_reason:
+            return []
+        return [self._text_chunk(index, delta.text, delta.finish_reason)]
+
+    def _text_chunk(self, index: int, text: str, finish: str | None = None) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+        return self._chunk([choice])
+
+    def _choice(self, index: int) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": "".join(self._texts[index]),
+            "logprobs": None,
+            "finish_reason": self._finish[index],
+        }
