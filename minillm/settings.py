@@ -46,12 +46,13 @@ class PrepareTokenizerConfig:
         Path, Doc("Folder or file of parquet with columns `text, source`; or `bundled`.")
     ] = paths.RAW
     out: Annotated[Path, Doc("Folder for the sampled parquet parts.")] = paths.SAMPLE
-    sample_ratio: Annotated[float, Doc("Share of each source's documents to keep, 0 to 1.")] = 0.05
+    sample_ratio: Annotated[
+        float, Doc("Share of each source's documents to keep, 0 to 1; 0: about 40 MB in all.")
+    ] = 0.0
     seed: Annotated[int, Doc("Seed of the sample.")] = 0
 
     def __post_init__(self) -> None:
-        """Reject ratios that keep nothing or more than all."""
-        check_positive(self, "sample_ratio")
+        """Reject ratios that keep less than nothing or more than all."""
         check_range(self, "sample_ratio", 0, 1)
 
 
@@ -92,6 +93,9 @@ class MergeBinConfig:
 
     data: Annotated[Path, Doc("Folder of .bin files (all are merged, by name).")] = paths.TOKENS
     out: Annotated[Path, Doc("The merged .bin.")] = paths.PRETRAIN_BIN
+    tokenizer: Annotated[
+        Path | None, Doc("Tokenizer folder; needed for .bin files without a manifest.")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +115,7 @@ class IdentityConfig:
         check_range(self, "identity_repeat", 1, 1000)
         if not self.assistant_name.strip() or not self.author.strip():
             raise ConfigError(
-                "the model needs a name and an author: "
-                f"`{self.assistant_name}`, `{self.author}`",
+                f"the model needs a name and an author: `{self.assistant_name}`, `{self.author}`",
                 hint="pass --assistant-name NAME --author NAME, or --no-identity",
             )
 
@@ -143,12 +146,23 @@ class PrepareSftConfig:
 class DownloadConfig:
     """`minillm download`."""
 
-    set: Annotated[str, Doc("Numbers or names, e.g. `4,5`; empty shows the catalog.")] = ""
-    out: Annotated[Path, Doc("Folder below which each set gets its own.")] = paths.DATA
-    hub: Annotated[Literal["auto", "modelscope", "huggingface"], Doc("Where to fetch from.")] = (
-        "auto"
-    )
-    dry_run: Annotated[bool, Doc("List the files and sizes, fetch nothing.")] = False
+    sets: Annotated[
+        tuple[str, ...], Doc("Numbers or names, e.g. `9` or `deepctrl-bin`; none: the catalog.")
+    ] = ()
+    out: Annotated[Path, Doc("Folder below which each set gets its place.")] = paths.DATA
+    hub: Annotated[
+        Literal["auto", "modelscope", "huggingface"],
+        Doc("Where to fetch from; `auto` tries each hub that has the set."),
+    ] = "auto"
+    workers: Annotated[int, Doc("Files fetched at a time.")] = 4
+    verify: Annotated[
+        bool, Doc("Hash what is there again instead of trusting its size and time.")
+    ] = False
+    dry_run: Annotated[bool, Doc("List files and sizes, fetch nothing.")] = False
+
+    def __post_init__(self) -> None:
+        """Reject a download that never begins."""
+        check_range(self, "workers", 1, 16)
 
 
 # ------------------------------------------------------------------------------------- training

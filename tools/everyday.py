@@ -49,7 +49,7 @@ def everyday_dialogues(rng: random.Random) -> list[Dialogue]:
         for turns, count in read_blocks(FOLDER / f"{language}.txt"):
             if len(turns) == 1:
                 for ask in turns[0][0]:
-                    if answers.setdefault(plain(ask), turns[0][1]) != turns[0][1]:
+                    if answers.setdefault(ask.lower(), turns[0][1]) != turns[0][1]:
                         raise ValueError(f"two answers to `{ask}`")
             dialogues += [make_dialogue(turns, i, language, rng) for i in range(count)]
     return dialogues

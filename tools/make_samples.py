@@ -45,7 +45,7 @@ COMMON = {"law": 5000, "sanguo": 6000, "idiom": 3000, "dict": 3000, "poem_ci": 3
 """Keep lines written in the N commonest characters (counted over law, dict, sanguo, idiom)."""
 COMMON_DEFAULT = 2800
 
-DIALOGUES = {"doorcore": 700, "idiom": 350, "poem": 150, "xiehouyu": 150, "law": 80}
+DIALOGUES = {"doorcore": 700, "idiom": 350, "poem": 120, "xiehouyu": 150, "law": 80}
 """How many question-answer pairs to keep of each source."""
 
 GENERAL = (
@@ -60,12 +60,17 @@ GENERAL = (
 """Stretches of `doorcore` about everyday life and the world; the rest is software vocabulary."""
 
 UNWANTED = re.compile(
-    r"[A-Za-z]|补充|[你我您]|尸|屠杀|艾滋|政党|共产|香港|澳门|台湾|鬼|党|毒品|药|治|性病|大模型|豆包|机器人"
+    r"[A-Za-z]|补充|[你我您]|尸|鬼|党|药|治|屠杀|艾滋|香港|澳门|台湾|毒品|性病|大模型|豆包|机器人"
 )
 RUDE = re.compile(
     r"[屁尿屎妓嫖娼奸瞎聋哑瘸麻秃尼僧鬼死尸婆媳寡娘妇妻妾裤奶胎傻贼棺坟骂打杀]|和尚|太监|道士"
 )
 """Never in what the model says: themes to leave out, and the coarse side of folk sayings."""
+
+POETS = re.compile(
+    "请背诵(李白|杜甫|白居易|王维|孟浩然|王昌龄|刘禹锡|杜牧|李商隐|王之涣|柳宗元|岑参|韦应物|张九龄|"
+    "贺知章|孟郊|韩愈|贾岛|刘长卿|高适)的"
+)
 
 MAX_ANSWER = {"doorcore": 48, "idiom": 40, "poem": 36, "xiehouyu": 12, "law": 60}
 """Longest answer of each source, in characters."""
@@ -139,7 +144,7 @@ def sentences(line: str) -> list[str]:
 
 
 def make_corpus(texts: dict[str, list[str]]) -> list[tuple[str, str]]:
-    """Return shuffled (text, source) pieces within the budget of each source."""
+    """Return (text, source) pieces within the budget of each source."""
     ranked = common_characters(texts)
     rng = random.Random(SEED)
     ascii_ = {chr(code) for code in range(32, 127)} - set("{}<>[]|\\^`~*_")
@@ -155,8 +160,27 @@ def make_corpus(texts: dict[str, list[str]]) -> list[tuple[str, str]]:
                 break
             size += len(piece.encode())
             rows.append((piece, source))
-    rng.shuffle(rows)
     return rows
+
+
+def chat_texts(dialogues: list[Dialogue]) -> list[tuple[str, str]]:
+    """Return the dialogues as plain text, a dozen a document.
+
+    The rest of the corpus is law, novels and verse: these few documents teach the tokenizer and
+    the model the words of everyday talk.
+    """
+    texts = [
+        "\n".join(m["content"] for m in dialogue["messages"] if m["role"] != "system")
+        for dialogue in dialogues
+        if dialogue["source"] in ("everyday", "doorcore")
+    ]
+    is_english = [text.isascii() for text in texts]
+    groups = [[t for t, en in zip(texts, is_english, strict=True) if en == want] for want in (0, 1)]
+    return [
+        ("\n\n".join(group[i : i + 12]), "chat")
+        for group in groups
+        for i in range(0, len(group), 12)
+    ]
 
 
 def write_corpus(rows: list[tuple[str, str]], path: Path) -> None:
@@ -178,7 +202,8 @@ def write_corpus(rows: list[tuple[str, str]], path: Path) -> None:
     for source, size in sizes.most_common():
         documents = sum(s == source for _, s in rows)
         print(f"{source:10} {documents:6} documents {size / 1e6:6.2f} MB")
-    print(f"{sum(sizes.values()) / 1e6:.2f} MB of text, {path.stat().st_size / 1e6:.2f} MB on disk")
+    total, disk = sum(sizes.values()) / 1e6, path.stat().st_size / 1e6
+    print(f"{total:.2f} MB of text, {disk:.2f} MB on disk")
 
 
 def read_pairs(path: Path) -> dict[str, list[tuple[str, str]]]:
@@ -197,9 +222,11 @@ def usable(source: str, index: int, question: str, answer: str, allowed: set[str
     if source == "doorcore":
         inside = any(low <= index < high for low, high in GENERAL)
         return inside and len(answer) >= 12 and not UNWANTED.search(question + answer)
-    if source == "idiom":
-        return len(answer) >= 6 and not re.search(r"[①②◇]|亦作|犹|同.{4,}[”。]$", answer)
-    return source != "xiehouyu" or not RUDE.search(question + answer)
+    if RUDE.search(question + answer):
+        return False
+    if source == "idiom":  # no glosses of single characters, no mere references
+        return len(answer) >= 6 and not re.search(r"[①②◇；]|亦作|犹|同.{4,}[”。]$|^(.)\1", answer)
+    return source != "poem" or bool(POETS.match(question))
 
 
 def reword(source: str, question: str, answer: str, rng: random.Random) -> tuple[str, str]:
@@ -256,10 +283,13 @@ def main() -> None:
     )
     folder = parser.parse_args().folder
     texts = read_texts(folder / "corpus-free.parquet")
-    write_corpus(make_corpus(texts), SAMPLES / "corpus" / "corpus.parquet")
     allowed = set(common_characters(texts)[:3500]) | PUNCTUATION | {chr(c) for c in range(32, 127)}
     pairs = read_pairs(folder / "dialogues-free.parquet")
-    write_dialogues(make_dialogues(pairs, allowed), SAMPLES / "dialogues.jsonl")
+    dialogues = make_dialogues(pairs, allowed)
+    write_dialogues(dialogues, SAMPLES / "dialogues.jsonl")
+    rows = make_corpus(texts) + chat_texts(dialogues)
+    random.Random(SEED).shuffle(rows)
+    write_corpus(rows, SAMPLES / "corpus" / "corpus.parquet")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ class Manifest:
     sha256: str
     """Of the .bin."""
     sources: tuple[str, ...]
+    made_from: str = ""
+    """`minillm tokenize`'s fingerprint of the input files' contents and its settings."""
 
     @property
     def size_bytes(self) -> int:
@@ -142,7 +144,6 @@ class BinWriter:
         self.manifest: Manifest | None = None
 
     def __enter__(self) -> Self:
-        manifest_path(self.path).unlink(missing_ok=True)  # an old one must not vouch for the new
         self._stack = contextlib.ExitStack()
         self._stream: IO[bytes] = self._stack.enter_context(atomic_write(self.path))
         return self
@@ -155,6 +156,7 @@ class BinWriter:
     ) -> None:
         if kind is None:
             self._flush()
+            manifest_path(self.path).unlink(missing_ok=True)  # must not vouch for the new file
         self._stack.__exit__(kind, error, trace)
         if kind is None:
             self.manifest = Manifest(

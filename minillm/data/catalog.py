@@ -43,7 +43,8 @@ class PublishedSet:
         size_bytes: Rounded; the listing has the exact number.
         is_archive: The one file is a zip, unpacked after it was verified.
         is_tokenized: Its ids are those of the published tokenizer, which comes with it.
-        next_step: The command that takes it from here, empty if there is none yet.
+        next_step: The command that takes it from here, empty if there is none; `{folder}` and
+            `{file}` stand for where the set and its first file are.
     """
 
     number: int
@@ -93,7 +94,7 @@ CATALOG = (
         3_400 * _MB,
         "sample/tokenizer-5pct",
         _mini_llm("fineweb_edu_sampled_5_percent.zip"),
-        "minillm train-tokenizer",
+        "minillm train-tokenizer --data {folder}",
         is_archive=True,
     ),
     PublishedSet(
@@ -106,7 +107,7 @@ CATALOG = (
             Place("modelscope", "datasets", *_FINEWEB),
             Place("huggingface", "datasets", *_FINEWEB),
         ),
-        "minillm prepare-tokenizer",
+        "minillm prepare-tokenizer --data {folder}",
     ),
     PublishedSet(
         3,
@@ -115,7 +116,7 @@ CATALOG = (
         14 * _GB,
         "raw/fineweb-20pct",
         _mini_llm("fineweb_edu_sampled_20_percent.zip"),
-        "minillm tokenize",
+        "minillm tokenize --data {folder}",
         is_archive=True,
     ),
     PublishedSet(
@@ -125,7 +126,7 @@ CATALOG = (
         10 * _GB,
         "tokens",
         _mini_llm("fineweb_edu_sampled_20_percent.bin"),
-        "minillm merge-bin",
+        "minillm merge-bin --data {folder}",
         is_tokenized=True,
     ),
     PublishedSet(
@@ -135,7 +136,7 @@ CATALOG = (
         4 * _GB,
         "tokens",
         _mini_llm("deepctrl.bin"),
-        "minillm merge-bin",
+        "minillm merge-bin --data {folder}",
         is_tokenized=True,
     ),
     PublishedSet(
@@ -145,7 +146,7 @@ CATALOG = (
         16 * _GB,
         "dialogues",
         (Place("modelscope", "datasets", "deepctrl/deepctrl-sft-data", ("sft_data_zh.jsonl",)),),
-        "minillm prepare-sft --data data/dialogues/sft_data_zh.jsonl",
+        "minillm prepare-sft --data {file}",
     ),
     PublishedSet(
         7,
@@ -154,7 +155,7 @@ CATALOG = (
         3_700 * _MB,
         "sft",
         _mini_llm("sft_parquet.zip"),
-        "minillm sft --data data/sft",
+        "minillm sft --data {file}",
         is_archive=True,
     ),
     PublishedSet(
@@ -164,7 +165,7 @@ CATALOG = (
         50 * _GB,
         "tokens",
         _mini_llm("fineweb_edu.bin"),
-        "minillm merge-bin",
+        "minillm merge-bin --data {folder}",
         is_tokenized=True,
     ),
     PublishedSet(
@@ -174,7 +175,7 @@ CATALOG = (
         40 * _MB,
         "yarn",
         _mini_llm("fineweb_edu_sampled_0.1_percent.bin"),
-        "minillm pretrain --data data/yarn/fineweb_edu_sampled_0.1_percent.bin",
+        "minillm pretrain --data {file}",
         is_tokenized=True,
     ),
     PublishedSet(

@@ -11,10 +11,13 @@ Environment: `MODELSCOPE_ENDPOINT` and `HF_ENDPOINT` name a mirror; `HF_TOKEN`, 
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
+
+from huggingface_hub import get_token
 
 from minillm.data.catalog import Place
 from minillm.data.fetch import RemoteFile, UnreachableError, Web
@@ -39,8 +42,6 @@ def auth_headers(hub: str) -> dict[str, str]:
     """Return the headers that prove who asks, if the hub has a token of ours."""
     if hub != "huggingface":
         return {}
-    from huggingface_hub import get_token
-
     token = get_token()
     return {"Authorization": f"Bearer {token}"} if token else {}
 
@@ -106,40 +107,57 @@ def _list_modelscope(place: Place, web: Web) -> Iterator[RemoteFile]:
     query: dict[str, Any] = {"Revision": "master", "Recursive": "True", "PageSize": PAGE_SIZE}
     if place.folder:
         query["Root"] = place.folder
-    page, number = [None] * PAGE_SIZE, 0
-    while len(page) == PAGE_SIZE:
+    number, is_last = 0, False
+    while not is_last:
         number += 1
         url = f"{base}/tree?{urlencode({**query, 'PageNumber': number})}"
         answer, _ = web.get_json(url, {})
         with _as_listing(url):
-            page = answer["Data"]["Files"]
-            for item in page:
-                if item["Type"] != "tree":
-                    digest = f"sha256:{item['Sha256']}" if item.get("Sha256") else ""
-                    file_query = urlencode({"Revision": "master", "FilePath": item["Path"]})
-                    yield RemoteFile(
-                        item["Path"], int(item["Size"]), digest, f"{base}?{file_query}"
-                    )
+            items = answer["Data"]["Files"]
+            page = [_from_modelscope(item, base) for item in items if item["Type"] != "tree"]
+        yield from page
+        is_last = len(items) < PAGE_SIZE
+
+
+def _from_modelscope(item: Any, base: str) -> RemoteFile:
+    query = urlencode({"Revision": "master", "FilePath": item["Path"]})
+    digest = f"sha256:{item['Sha256']}" if item.get("Sha256") else ""
+    return RemoteFile(item["Path"], int(item["Size"]), digest, f"{base}?{query}")
 
 
 def _list_huggingface(place: Place, web: Web) -> Iterator[RemoteFile]:
     base, headers = endpoint(place.hub), auth_headers(place.hub)
     api = f"{base}/api/{place.kind}/{place.repo}"
-    url = f"{api}/revision/main"
-    answer, _ = web.get_json(url, headers)
-    with _as_listing(url):
-        commit = answer["sha"]
+    answer, _ = web.get_json(f"{api}/revision/main", headers)
+    with _as_listing(f"{api}/revision/main"):
+        commit = answer["sha"]  # every address names it, so that all files are of one version
     prefix = "" if place.kind == "models" else f"{place.kind}/"
+    resolve = f"{base}/{prefix}{place.repo}/resolve/{commit}"
     tree = f"{api}/tree/{commit}" + (f"/{quote(place.folder)}" if place.folder else "")
     query = "recursive=true&expand=false"
     while query:
         answer, reply = web.get_json(f"{tree}?{query}", headers)
         with _as_listing(tree):
-            for item in answer:
-                if item["type"] == "file":
-                    lfs = item.get("lfs")
-                    digest = f"sha256:{lfs['oid']}" if lfs else f"git:{item['oid']}"
-                    where = f"{base}/{prefix}{place.repo}/resolve/{commit}/{quote(item['path'])}"
-                    yield RemoteFile(item["path"], int(item["size"]), digest, where)
+            page = [_from_huggingface(item, resolve) for item in answer if item["type"] == "file"]
+        yield from page
         # Only the query: a mirror's link to the next page may name the hub that it mirrors.
         query = urlsplit(reply.links.get("next", {}).get("url", "")).query
+
+
+def _from_huggingface(item: Any, resolve: str) -> RemoteFile:
+    digest = f"sha256:{item['lfs']['oid']}" if item.get("lfs") else f"git:{item['oid']}"
+    return RemoteFile(
+        item["path"], int(item["size"]), digest, f"{resolve}/{quote(item['path'])}"
+    )
+
+
+@contextmanager
+def _as_listing(url: str) -> Iterator[None]:
+    """Name the address when its JSON is not a listing."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise UnreachableError(
+            f"`{url}` answered JSON that is not a listing ({err!r})",
+            hint="check MODELSCOPE_ENDPOINT and HF_ENDPOINT, or choose another `--hub`",
+        ) from err

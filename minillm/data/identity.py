@@ -44,16 +44,20 @@ def identity_dialogues(persona: IdentityConfig, seed: int = 0) -> list[Dialogue]
         return []
     rng = random.Random(seed)
     intents = {intent["id"]: intent for intent in _templates()["intents"]}
-    dialogues: list[Dialogue] = []
+    return [_dialogue(turns, kind, rng) for turns, kind in _plans(intents, persona, rng)]
+
+
+def _plans(
+    intents: Mapping[str, Any], persona: IdentityConfig, rng: random.Random
+) -> Iterator[tuple[list[tuple[str, str]], str]]:
+    """Yield the turns of each dialogue, and the intent or step it ends with."""
     for intent in intents.values():
         for question in intent["questions"]:
             for ask in _asks(intent, question, persona.identity_repeat, rng):
-                dialogues.append(_dialogue([_turn(intent, ask, persona)], intent["id"], rng))
+                yield [_turn(intent, ask, persona)], intent["id"]
     for plan in _templates()["conversations"]:
         for _ in range(persona.identity_repeat):
-            turns = [_planned(step, intents, persona, rng) for step in plan]
-            dialogues.append(_dialogue(turns, str(plan[-1]), rng))
-    return dialogues
+            yield [_planned(step, intents, persona, rng) for step in plan], str(plan[-1])
 
 
 def all_questions() -> Iterator[str]:

@@ -5,10 +5,11 @@ gets: parameter and FLOP counts, a cache to decode with, metrics of the last for
 way to the official class and back.
 """
 
+import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -30,7 +31,7 @@ class ParamCount:
 def param_count(model: PreTrainedModel) -> ParamCount:
     """Count the parameters of any causal LM."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    embedding = model.get_input_embeddings().weight.numel()
+    embedding = _table(model).numel()
     return ParamCount(total, total - getattr(model, "num_idle_params", 0), embedding)
 
 
@@ -42,12 +43,17 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
     the masked half of causal attention counts, although good kernels skip it.
     """
     count, config = param_count(model), model.config
-    head = model.get_output_embeddings()
-    is_tied = head is not None and head.weight is model.get_input_embeddings().weight
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    is_tied = head is not None and head.weight is _table(model)
     multiplied = count.active - (0 if is_tied else count.embedding)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads: int = config.num_attention_heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 6.0 * multiplied + 12.0 * config.num_hidden_layers * heads * head_dim * seq_len
+
+
+def _table(model: PreTrainedModel) -> nn.Parameter:
+    weight: nn.Parameter = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight
 
 
 class MiniPreTrainedModel(PreTrainedModel):
@@ -55,14 +61,14 @@ class MiniPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    official_type: ClassVar[str]
+    official_type = ""
     """`model_type` of the architecture in transformers that this one equals."""
 
     @property
@@ -101,7 +107,8 @@ class MiniPreTrainedModel(PreTrainedModel):
         `model.export_official().save_pretrained(folder)` makes a folder for any tool that knows
         the official architecture.
         """
-        return _convert(self, official_config(self.config, self.official_type))
+        model: PreTrainedModel = _convert(self, official_config(self.config, self.official_type))
+        return model
 
     @classmethod
     def from_official(cls, official: PreTrainedModel) -> Self:
@@ -115,8 +122,10 @@ class MiniPreTrainedModel(PreTrainedModel):
                 f"{cls.__name__} takes a `{cls.official_type}` model, "
                 f"not `{official.config.model_type}`"
             )
-        fields = official.config.to_dict() | {"model_type": cls.config_class.model_type}
-        model: Self = _convert(official, cls.config_class.from_dict(fields))
+        config_class: Any = cls.config_class
+        fields = official.config.to_dict() | {"model_type": config_class.model_type}
+        fields.pop("architectures", None)
+        model: Self = _convert(official, config_class.from_dict(fields))
         return model
 
 
@@ -134,5 +143,6 @@ def _convert(source: PreTrainedModel, config: PreTrainedConfig) -> Any:
     with init.no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=source.dtype)
     model.load_state_dict(source.state_dict())
-    model.generation_config = source.generation_config
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(source.generation_config)
     return model.to(source.device).train(source.training)

@@ -3,7 +3,7 @@
 transformers' `DynamicLayer` concatenates, so token n copies n keys and values; here the memory is
 reserved once (and doubled if it ever runs out) and a token is one small write. Everything else
 about it is a `DynamicLayer`: masks, cropping, beam search, resetting. The price is memory for
-`capacity` tokens from the start.
+`capacity` tokens from the start, and that it is for inference only: no gradient passes through.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ class ReservedLayer(DynamicLayer):
     _room: tuple[Tensor, Tensor]
 
     def __init__(self, capacity: int = 256, **_: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = max(1, capacity)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -37,7 +37,7 @@ class ReservedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if not self._is_ours(len(key_states), start) or end > self._room[0].shape[2]:
+        if not self._is_ours(key_states, start) or end > self._room[0].shape[2]:
             self._move(key_states, value_states, start, end)
         keys, values = self._room
         keys[:, :, start:end] = key_states
@@ -45,13 +45,14 @@ class ReservedLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
-    def _is_ours(self, batch: int, start: int) -> bool:
-        """Tell whether the first `start` tokens lie in our memory.
+    def _is_ours(self, key: Tensor, start: int) -> bool:
+        """Tell whether the first `start` tokens lie in our memory, and `key` fits beside them.
 
         Beam search and the like replace `keys` by a tensor of their own.
         """
         room = self._room[0]
-        return len(room) == batch and (start == 0 or self.keys.data_ptr() == room.data_ptr())
+        fits = len(room) == len(key) and room.dtype == key.dtype
+        return fits and (start == 0 or self.keys.data_ptr() == room.data_ptr())
 
     def _move(self, key: Tensor, value: Tensor, start: int, end: int) -> None:
         """Take new memory for `end` tokens and copy the first `start` into it."""

@@ -54,7 +54,9 @@ def causal_lm_loss(
         shift_labels = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
     weight_VD = model.lm_head.weight  # type: ignore[union-attr]
     total = linear_cross_entropy(
-        hidden_BTD.flatten(0, -2), weight_VD, shift_labels.flatten()  # type: ignore[arg-type]
+        hidden_BTD.flatten(0, -2),
+        weight_VD,
+        shift_labels.flatten(),  # type: ignore[arg-type]
     )
     num_items = kwargs.get("num_items_in_batch")
     return total / ((shift_labels != IGNORE).sum() if num_items is None else num_items)
@@ -77,15 +79,15 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> T
         if not bool(kept_N.all()):
             x_ND, labels_N = x_ND[kept_N], labels_N[kept_N]
     with torch.autocast(device, enabled=False):
-        total: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N)
+        total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            x_ND, weight_VD, labels_N
+        )
     return total
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
         """Return the summed loss, and keep its gradients."""
         needs_x, needs_weight, _ = ctx.needs_input_grad
         w_VD = weight_VD.to(x_ND.dtype)
@@ -115,10 +117,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(  # type: ignore[override]
-        ctx: Any, g: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Return the kept gradients times `g`."""
         dx_ND, dw_VD = ctx.saved_tensors
         dx_ND = None if dx_ND is None else dx_ND * g.to(dx_ND.dtype)

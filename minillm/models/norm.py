@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
         """Normalise `x` of shape `(..., size)`; statistics are fp32 whatever its dtype."""
         is_plain = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
         if is_plain and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            y: Tensor = _CpuRMSNorm.apply(x, self.weight, self.eps)
+            y: Tensor = _CpuRMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
             return y
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -39,16 +39,17 @@ class _CpuRMSNorm(torch.autograd.Function):
     """With n = x * r and r = 1/rms: dx = r * (w*g - n * mean(w*g*n)), dw = sum(g * n)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Return `weight * x / rms`."""
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, r, weight)
-        return (x * r).mul_(weight)
+        y: Tensor = (x * r).mul_(weight)
+        return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
         """Return the gradients of x and weight."""
         x, r, weight = ctx.saved_tensors
         n = x * r

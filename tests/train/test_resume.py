@@ -1,0 +1,125 @@
+"""A run that was killed goes on as if it had not been: same losses, same weights, to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minillm.files import sha256_file
+from minillm.train.metrics import read_metrics
+
+STEPS = 24
+
+
+def command(corpus: Path, run: Path) -> list[str]:
+    words = (
+        f"pretrain --model mini_llama3:tiny --data {corpus}/tokens/text.bin --out {run} "
+        f"--tokenizer {corpus}/tokenizer --steps {STEPS} --batch-tokens 256 --sequence-length 64 "
+        "--micro-batch 2 --log-every 2 --eval-every 6 --save-every 5 --eval-tokens 128 "
+        "--sample-tokens 4 --device cpu --precision fp32"
+    )
+    return [sys.executable, "-m", "minillm", *words.split()]
+
+
+def start(words: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
+
+
+def curve(run: Path) -> list[tuple[str, int, float]]:
+    return [(row["kind"], row["step"], row["loss"]) for row in read_metrics(run)]
+
+
+def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run / "metrics.jsonl"
+        if metrics.is_file() and f'"step": {step},' in metrics.read_text(encoding="utf-8"):
+            return
+        time.sleep(0.01)
+    pytest.fail(f"never reached step {step}: {process.communicate()[1]}")
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run(command(corpus, run), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_stopped_run_continues_to_the_bit(
+    number: int, code: int, corpus: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(command(corpus, run))
+    wait_for_step(run, 14, process)
+    process.send_signal(number)
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == code, talk
+    if number != signal.SIGKILL:
+        assert f"minillm pretrain --resume {run}" in talk
+
+    again = [sys.executable, "-m", "minillm", "pretrain", "--resume", str(run)]
+    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert curve(run) == curve(whole)
+    for name in ("final/model.safetensors", f"checkpoints/step-{STEPS:07d}/trainer_state.safetensors"):
+        assert sha256_file(run / name) == sha256_file(whole / name), name
+
+
+def test_the_curve_holds_every_logged_step_once(whole: Path) -> None:
+    steps = [step for kind, step, _ in curve(whole) if kind == "train"]
+    assert steps == list(range(2, STEPS + 1, 2))
+    assert [step for kind, step, _ in curve(whole) if kind == "eval"] == [0, 6, 12, 18, 24]
+
+
+def test_a_half_written_checkpoint_is_never_taken(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(whole), str(run)], check=True)
+    newest = run / "checkpoints" / f"step-{STEPS:07d}"
+    (newest / "COMPLETE").unlink()
+    (newest / "model.safetensors").write_bytes(b"half")
+    again = [sys.executable, "-m", "minillm", "pretrain", "--resume", str(run)]
+    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sha256_file(run / "final/model.safetensors") == sha256_file(
+        whole / "final/model.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"), [("--lr=0.5", "`optim.lr` was 0.001"), ("--seed=7", "`seed` was 0")]
+)
+def test_resume_refuses_a_change_that_would_break_it(whole: Path, flag: str, says: str) -> None:
+    again = [sys.executable, "-m", "minillm", "pretrain", "--resume", str(whole), flag]
+    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "hint:" in done.stderr
+
+
+def test_run_toml_repeats_the_run(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    words = ["pretrain", "--config", str(whole / "run.toml"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "minillm", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert curve(tmp_path / "run") == curve(whole)
+
+
+def test_the_report_has_the_numbers_of_the_log(whole: Path) -> None:
+    last = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()][-1]
+    report = (whole / "report.md").read_text(encoding="utf-8")
+    assert f"{last['bpb']:.4f}" in report
+    assert (whole / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
