@@ -2,29 +2,37 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SHELL := bash
 
-.PHONY: demo test check bench clean
+.PHONY: help demo test check docs bench clean
+
+help:
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 8
+
+# A stamp file per environment: nothing is installed again until pyproject.toml changes.
+define install
+@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "error: minillm needs Python 3.11 or newer, \`$(PYTHON)\` is $$($(PYTHON) --version 2>&1)"; \
+    echo "hint: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 4; }
+@echo "setting up $(VENV) (2 to 10 minutes the first time: PyTorch is large) …"
+@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+  -e '.$(1)' | { grep --line-buffered -E '^ *(Downloading|Installing)' || true; }
+endef
 
 $(VENV)/.base: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: minillm needs Python 3.11 or newer, $(PYTHON) is older"; \
-	    echo "hint: make demo PYTHON=python3.12"; exit 4; }
-	@echo "setting up $(VENV) (some minutes the first time: PyTorch is large) …"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(call install,)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml
-	@echo "setting up $(VENV) for development (some minutes the first time) …"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(call install,[dev])
 	@touch $(VENV)/.base $@
 
 demo: $(VENV)/.base  ## the whole pipeline on the bundled text, ending in a chat model
-	$(BIN)/minillm demo
+	$(BIN)/minillm demo $(ARGS)
 
 test: $(VENV)/.dev  ## the default test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, spelling
 	$(BIN)/ruff format --check .
@@ -32,8 +40,11 @@ check: $(VENV)/.dev  ## format, lint, types, spelling
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+docs: $(VENV)/.dev  ## write docs/cli.md anew from every --help
+	$(BIN)/python tools/make_cli_docs.py
+
 bench: $(VENV)/.dev  ## every claim of speed, one Markdown row each
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+clean:  ## remove the environment and caches; data/, runs/ and demo/ stay
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

@@ -85,6 +85,8 @@ def read_toml(cls: type, path: Path) -> dict[str, Any]:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"no config file at `{path}`") from None
+    except OSError as err:
+        raise InputError(f"cannot read `{path}`: {err.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise InputError(f"`{path}` is not valid TOML: {err}") from None
 

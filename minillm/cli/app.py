@@ -11,9 +11,14 @@ from minillm import __version__
 from minillm.cli.chat import chat
 from minillm.cli.console import err as console
 from minillm.cli.demo import demo
+from minillm.cli.download import download
+from minillm.cli.merge_bin import merge_bin
+from minillm.cli.prepare_sft import prepare_sft
+from minillm.cli.prepare_tokenizer import prepare_tokenizer
 from minillm.cli.pretrain import pretrain
-from minillm.cli.sft import sft
 from minillm.cli.serve import serve
+from minillm.cli.sft import sft
+from minillm.cli.tokenize import tokenize
 from minillm.cli.train_tokenizer import train_tokenizer
 from minillm.errors import MinillmError
 
@@ -81,3 +86,8 @@ app.command()(sft)
 app.command("train-tokenizer")(train_tokenizer)
 app.command()(chat)
 app.command()(serve)
+app.command()(download)
+app.command("prepare-tokenizer")(prepare_tokenizer)
+app.command("tokenize")(tokenize)
+app.command("merge-bin")(merge_bin)
+app.command("prepare-sft")(prepare_sft)

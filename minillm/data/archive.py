@@ -49,8 +49,7 @@ def unpack(
                 task(progress, f"unpack {archive.name}", size_bytes, "bytes"),
             ):
                 return {
-                    member.filename: _extract(bundle, member, fresh, progress)
-                    for member in members
+                    member.filename: _extract(bundle, member, fresh, progress) for member in members
                 }
     except _BROKEN as err:
         raise RunError(

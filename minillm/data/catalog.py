@@ -67,7 +67,7 @@ _FINEWEB = ("opencsg/Fineweb-Edu-Chinese-V2.1", ("4_5/*.parquet",))
 TOKENIZER = PublishedSet(
     12,
     "tokenizer",
-    "the tokenizer of sets 4, 5, 8 and 9",
+    "that of sets 4, 5, 8 and 9",
     3 * _MB,
     "tokenizer",
     (
@@ -90,7 +90,7 @@ CATALOG = (
     PublishedSet(
         1,
         "tokenizer-5pct",
-        "5 % of set 2 as parquet, to train a tokenizer",
+        "5 % of set 2 (tokenizer)",
         3_400 * _MB,
         "sample/tokenizer-5pct",
         _mini_llm("fineweb_edu_sampled_5_percent.zip"),
@@ -100,7 +100,7 @@ CATALOG = (
     PublishedSet(
         2,
         "fineweb-edu-zh",
-        "Chinese educational web text, scores 4-5, as parquet",
+        "Chinese web text, scored",
         70 * _GB,
         "raw/fineweb-edu-zh",
         (
@@ -112,7 +112,7 @@ CATALOG = (
     PublishedSet(
         3,
         "fineweb-20pct",
-        "20 % of set 2 as parquet",
+        "20 % of set 2",
         14 * _GB,
         "raw/fineweb-20pct",
         _mini_llm("fineweb_edu_sampled_20_percent.zip"),
@@ -132,7 +132,7 @@ CATALOG = (
     PublishedSet(
         5,
         "deepctrl-bin",
-        "set 6 as tokens, to pretrain on",
+        "set 6 as tokens",
         4 * _GB,
         "tokens",
         _mini_llm("deepctrl.bin"),
@@ -142,7 +142,7 @@ CATALOG = (
     PublishedSet(
         6,
         "deepctrl-jsonl",
-        "raw Chinese dialogues as JSON lines",
+        "Chinese dialogues, raw",
         16 * _GB,
         "dialogues",
         (Place("modelscope", "datasets", "deepctrl/deepctrl-sft-data", ("sft_data_zh.jsonl",)),),
@@ -151,7 +151,7 @@ CATALOG = (
     PublishedSet(
         7,
         "sft-parquet",
-        "dialogues made from set 6, ready for fine-tuning",
+        "set 6, ready for SFT",
         3_700 * _MB,
         "sft",
         _mini_llm("sft_parquet.zip"),
@@ -171,7 +171,7 @@ CATALOG = (
     PublishedSet(
         9,
         "yarn-bin",
-        "0.1 % of set 2 as tokens, to lengthen the context",
+        "0.1 % of set 2 as tokens",
         40 * _MB,
         "yarn",
         _mini_llm("fineweb_edu_sampled_0.1_percent.bin"),
@@ -190,7 +190,7 @@ CATALOG = (
     PublishedSet(
         11,
         "grpo",
-        "prompts with checkable answers",
+        "tasks with known answers",
         3 * _MB,
         "grpo",
         _mini_llm("grpo_data.zip"),

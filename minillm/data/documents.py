@@ -9,12 +9,12 @@ Documents without any visible character are skipped. A line of a text file is ne
 """
 
 import gzip
-import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,10 +108,19 @@ def read_file(file: Path, text_column: str = "text") -> Iterator[Batch]:
     read = _read_txt if kind == "txt" else _read_jsonl
     with file.open("rb") as raw:
         position = 0
-        for texts in _pack(read(file, _lines(file, raw), text_column)):
+        for texts in _pack(read(file, read_lines(file, raw), text_column)):
             yield Batch(texts, raw.tell() - position)
             position = raw.tell()
         yield Batch([], file.stat().st_size - position)
+
+
+def stem_of(file: Path) -> str:
+    """Return a file's name without the endings we know: `wiki.zh.jsonl.gz` → `wiki.zh`."""
+    bare = file.name
+    for ending in (".gz", ".zst", *(f".{kind}" for kind in _KINDS)):
+        if bare.lower().endswith(ending):
+            bare = bare[: -len(ending)]
+    return bare or file.name
 
 
 def _kind(file: Path) -> str | None:
@@ -150,11 +159,16 @@ def open_parquet(file: Path, column: str) -> pq.ParquetFile:
 
 def iter_parquet(
     opened: pq.ParquetFile, file: Path, columns: list[str]
-) -> Iterator[pa.RecordBatch]:
-    """Yield record batches in flat memory; damage in the middle is an InputError too."""
+) -> Iterator[dict[str, list[str | None]]]:
+    """Yield the columns of some rows at a time in flat memory.
+
+    Raises:
+        InputError: The file is damaged further in.
+    """
     try:
-        yield from opened.iter_batches(_BATCH_DOCUMENTS, columns=columns)
-    except (pa.ArrowException, OSError) as err:
+        for rows in opened.iter_batches(_BATCH_DOCUMENTS, columns=columns):
+            yield rows.to_pydict()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
         raise _broken(file, err) from err
 
 
@@ -162,18 +176,17 @@ def _read_parquet(file: Path, column: str) -> Iterator[Batch]:
     with open_parquet(file, column) as opened:
         bytes_per_row = file.stat().st_size / max(1, opened.metadata.num_rows)
         for rows in iter_parquet(opened, file, [column]):
-            texts = [text for text in rows.column(0).to_pylist() if text and not text.isspace()]
-            yield Batch(texts, rows.num_rows * bytes_per_row)
+            texts = [text for text in rows[column] if text and not text.isspace()]
+            yield Batch(texts, len(rows[column]) * bytes_per_row)
 
 
-def _lines(file: Path, raw: IO[bytes]) -> Iterator[tuple[int, str]]:
+def read_lines(file: Path, raw: IO[bytes]) -> Iterator[tuple[int, str]]:
     """Yield line numbers from 1 and lines without their end."""
-    stream: IO[bytes] = raw
+    stream: Iterable[bytes] = raw
     if file.name.lower().endswith(".gz"):
-        stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+        stream = gzip.GzipFile(fileobj=raw)
     elif file.name.lower().endswith(".zst"):
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        stream = cast(IO[bytes], io.BufferedReader(cast(io.RawIOBase, reader)))
+        stream = _zstd_lines(raw)
     number = 0
     try:
         for number, line in enumerate(stream, 1):
@@ -184,8 +197,28 @@ def _lines(file: Path, raw: IO[bytes]) -> Iterator[tuple[int, str]]:
             f"`{file}` line {number}: not UTF-8 ({err.reason} at byte {err.start})",
             hint=f"convert it: `iconv -f GB18030 -t UTF-8 {file} > utf8-{file.name}`",
         ) from err
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError, OSError) as err:
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as err:
         raise _broken(file, err) from err
+
+
+def _zstd_lines(raw: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a zstd file of one or more frames.
+
+    zstandard's own reader takes a file that ends inside a frame for whole; here it is an error.
+    """
+    rest, frame = b"", zstandard.ZstdDecompressor().decompressobj()
+    is_inside = False
+    while piece := raw.read(zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE):
+        while piece:
+            *lines, rest = (rest + frame.decompress(piece)).split(b"\n")
+            yield from lines
+            is_inside, piece = not frame.eof, frame.unused_data
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+    if is_inside:
+        raise zstandard.ZstdError("it ends in the middle")
+    if rest:
+        yield rest
 
 
 def _read_jsonl(file: Path, lines: Iterator[tuple[int, str]], key: str) -> Iterator[str]:

@@ -206,7 +206,12 @@ def _find_done(item: SetPlan, verify: bool, progress: Progress) -> None:
         archive = item.files[0]
         item.is_unpacked = _is_unpacked(item, archive.remote, verify, progress)
         archive.is_done = item.is_unpacked or _is_right(
-            item.ledger, archive.remote.path, archive.target, archive.remote.digest, verify, progress
+            item.ledger,
+            archive.remote.path,
+            archive.target,
+            archive.remote.digest,
+            verify,
+            progress,
         )
         return
     for file in item.files:

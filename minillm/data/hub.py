@@ -146,9 +146,7 @@ def _list_huggingface(place: Place, web: Web) -> Iterator[RemoteFile]:
 
 def _from_huggingface(item: Any, resolve: str) -> RemoteFile:
     digest = f"sha256:{item['lfs']['oid']}" if item.get("lfs") else f"git:{item['oid']}"
-    return RemoteFile(
-        item["path"], int(item["size"]), digest, f"{resolve}/{quote(item['path'])}"
-    )
+    return RemoteFile(item["path"], int(item["size"]), digest, f"{resolve}/{quote(item['path'])}")
 
 
 @contextmanager

@@ -33,6 +33,7 @@ ONE_SOURCE = "all"
 """Source of documents in a file without a `source` column."""
 
 _GROUP_ROWS = 8192
+_GROUP_CHARS = 1 << 24
 _SCHEMA = pa.schema([("text", pa.string()), ("source", pa.string())])
 
 
@@ -153,13 +154,11 @@ def _read(files: list[Path], progress: Progress, what: str) -> Iterator[tuple[st
                 bytes_per_row = file.stat().st_size / max(1, opened.metadata.num_rows)
                 columns = ["text", "source"] if has_source else ["text"]
                 for rows in iter_parquet(opened, file, columns):
-                    texts = rows.column("text").to_pylist()
-                    names = rows.column("source").to_pylist() if has_source else []
-                    names = names or [ONE_SOURCE] * len(texts)
-                    for text, name in zip(texts, names, strict=True):
+                    names = rows.get("source", [None] * len(rows["text"]))
+                    for text, name in zip(rows["text"], names, strict=True):
                         if text and not text.isspace():
                             yield text, ONE_SOURCE if name is None else str(name)
-                    progress.advance(rows.num_rows * bytes_per_row)
+                    progress.advance(len(names) * bytes_per_row)
 
 
 def _is_part(entry: Path) -> bool:
@@ -173,6 +172,7 @@ class _PartWriter:
         self._folder = folder
         self._texts: list[str] = []
         self._names: list[str] = []
+        self._num_chars = 0
         self._writer: pq.ParquetWriter | None = None
         self._rows_in_part = 0
         self.num_parts = 0
@@ -180,7 +180,9 @@ class _PartWriter:
     def append(self, text: str, source: str) -> None:
         self._texts.append(text)
         self._names.append(source)
-        if len(self._texts) == min(_GROUP_ROWS, PART_ROWS - self._rows_in_part):
+        self._num_chars += len(text)
+        is_full = len(self._texts) == min(_GROUP_ROWS, PART_ROWS - self._rows_in_part)
+        if is_full or self._num_chars >= _GROUP_CHARS:
             self._flush()
 
     def close(self) -> None:
@@ -198,7 +200,7 @@ class _PartWriter:
         table = pa.table({"text": self._texts, "source": self._names}, schema=_SCHEMA)
         self._writer.write_table(table)
         self._rows_in_part += len(self._texts)
-        self._texts, self._names = [], []
+        self._texts, self._names, self._num_chars = [], [], 0
         if self._rows_in_part >= PART_ROWS:
             self._writer.close()
             self._writer, self._rows_in_part = None, 0

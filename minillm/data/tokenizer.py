@@ -192,7 +192,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int
 
 def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     """Give a trained tokenizer its special tokens and chat template, ready to save."""
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=SEPARATOR,
         pad_token=PAD,

@@ -65,8 +65,11 @@ def train_tokenizer(cfg: TrainTokenizerConfig, progress: Progress | None = None)
     files = find_files(_find_data(cfg.data))
     with atomic_folder(cfg.out, ours=lambda entry: entry.name in _FILES) as folder:
         counted = _Counted(files, cfg, progress)
-        backend = train_backend(_then_merge(counted.batches(), progress), cfg.vocab_size)
-        progress.finish()
+        try:
+            backend = train_backend(counted.batches(), cfg.vocab_size)
+        finally:
+            if counted.is_read:
+                progress.finish()
         save_tokenizer(wrap(backend), folder)
         return TokenizerReport(
             folder=cfg.out,
@@ -130,12 +133,6 @@ def _find_data(given: Path) -> Path:
     return paths.resolve(given, paths.BUNDLED_CORPUS)
 
 
-def _then_merge(batches: Iterator[list[str]], progress: Progress) -> Iterator[list[str]]:
-    """Pass the batches on; when they end, tell that the long silent part begins."""
-    yield from batches
-    progress.start("learn merges", None, "tokens")
-
-
 class _Counted:
     """The text to train on, counted as it passes, spread evenly over the corpus if bounded."""
 
@@ -143,8 +140,10 @@ class _Counted:
         self._files, self._column, self._progress = files, cfg.text_column, progress
         self._max_bytes = cfg.max_bytes
         self.num_documents = self.text_bytes = 0
+        self.is_read = False
 
     def batches(self) -> Iterator[list[str]]:
+        """Yield the text; when it ends, the long silent part begins, as a task of its own."""
         share, budget = 1.0, float("inf")
         if self._max_bytes:
             share, budget = self._measure(), self._max_bytes
@@ -160,6 +159,8 @@ class _Counted:
                     self.text_bytes += size
             self.num_documents += len(kept)
             yield kept
+        self._progress.start("learn merges", None, "tokens")
+        self.is_read = True
 
     def _measure(self) -> float:
         """Return the share of the text that fits the bound, 1 if all of it does."""

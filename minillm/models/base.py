@@ -43,12 +43,13 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
     the masked half of causal attention counts, although good kernels skip it.
     """
     count, config = param_count(model), model.config
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()
     is_tied = head is not None and head.weight is _table(model)
     multiplied = count.active - (0 if is_tied else count.embedding)
     heads: int = config.num_attention_heads
     head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 6.0 * multiplied + 12.0 * config.num_hidden_layers * heads * head_dim * seq_len
+    attention: int = config.num_hidden_layers * heads * head_dim * seq_len
+    return 6.0 * multiplied + 12.0 * attention
 
 
 def _table(model: PreTrainedModel) -> nn.Parameter:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 IGNORE = -100
 """Label of a position that has no loss, as everywhere in PyTorch."""
@@ -27,12 +28,12 @@ GPU_BLOCK_BYTES = 2**30
 
 
 def causal_lm_loss(
-    model: nn.Module, hidden_BTD: Tensor, logits_BTV: Tensor | None, **kwargs: Any
+    model: PreTrainedModel, hidden_BTD: Tensor, logits_BTV: Tensor | None, **kwargs: Any
 ) -> Tensor | None:
     """Return the loss that a causal LM's keyword arguments ask for, or None.
 
     Args:
-        model: Gives `lm_head`, `loss_function` and `config`.
+        model: Gives the head and `loss_function`.
         hidden_BTD: Input of the head.
         logits_BTV: Its output, or None to compute the loss without storing it.
         **kwargs: `labels` (shifted here) or `shift_labels` (shifted already), and
@@ -42,7 +43,7 @@ def causal_lm_loss(
     if labels is None and shift_labels is None:
         return None
     if logits_BTV is not None:
-        loss: Tensor = model.loss_function(  # type: ignore[operator]
+        loss: Tensor = model.loss_function(
             logits=logits_BTV,
             labels=labels,
             vocab_size=logits_BTV.shape[-1],
@@ -52,13 +53,9 @@ def causal_lm_loss(
         return loss
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
-    weight_VD = model.lm_head.weight  # type: ignore[union-attr]
-    total = linear_cross_entropy(
-        hidden_BTD.flatten(0, -2),
-        weight_VD,
-        shift_labels.flatten(),  # type: ignore[arg-type]
-    )
-    num_items = kwargs.get("num_items_in_batch")
+    weight_VD: Tensor = model.get_output_embeddings().weight
+    total = linear_cross_entropy(hidden_BTD.flatten(0, -2), weight_VD, shift_labels.flatten())
+    num_items: int | Tensor | None = kwargs.get("num_items_in_batch")
     return total / ((shift_labels != IGNORE).sum() if num_items is None else num_items)
 
 

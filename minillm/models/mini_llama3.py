@@ -209,8 +209,8 @@ class MiniLlama3DecoderLayer(GradientCheckpointingLayer):
         """Map `(B, T, D)` to `(B, T, D)`; `kwargs` go to the attention."""
         x_BTD = hidden_states
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), **kwargs)[0]
-        x_BTD = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-        return x_BTD
+        out_BTD: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        return out_BTD
 
 
 class MiniLlama3PreTrainedModel(MiniPreTrainedModel):
@@ -297,7 +297,7 @@ class MiniLlama3ForCausalLM(MiniLlama3PreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MiniLlama3Config) -> None:

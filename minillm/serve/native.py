@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from minillm.errors import ConfigError
-from minillm.models.generator import Delta, Generator
+from minillm.models.generator import Delta, FinishReason, Generator
 from minillm.models.sampling import SamplingParams
+from minillm.models.text_stream import TextStream
 
 Outbox = queue.Queue[int | BaseException | None]
 
@@ -32,44 +32,58 @@ class TransformersSource(Generator):
         *,
         cancel: threading.Event | None = None,
     ) -> Iterator[Delta]:
-        """Yield the answer token by token.
+        """Yield the answer in pieces of certain text; the last one says why it ended.
 
         Raises:
             ConfigError: `params` asks for something that `generate` has no counterpart of.
+            InputError: As `Generator.stream`.
         """
-        _check(params)
-        cancel, closed = cancel or threading.Event(), threading.Event()
+        self._check(prompt_ids)
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias", "min_tokens"):
+            if getattr(params, name):
+                raise ConfigError(
+                    f"`--backend transformers` has no `{name}`", hint="try `--backend generator`"
+                )
+        return self._pieces(list(prompt_ids), params, cancel or threading.Event())
+
+    def _pieces(
+        self, prompt_ids: list[int], params: SamplingParams, cancel: threading.Event
+    ) -> Iterator[Delta]:
+        closed = threading.Event()
         outbox: Outbox = queue.Queue()
         thread = threading.Thread(
-            target=self._generate,
-            args=(list(prompt_ids), params, lambda: cancel.is_set() or closed.is_set(), outbox),
+            target=self._run,
+            args=(prompt_ids, params, lambda: cancel.is_set() or closed.is_set(), outbox),
             daemon=True,
         )
         thread.start()
-        ends, ids, shown = self._end_ids(), [], ""
-        decoder = DecodeStream(skip_special_tokens=True)
+        text_stream = TextStream(self.tokenizer, params.stop)
+        pending: list[int] = []
+        reason: FinishReason = "length"
         try:
             while (item := outbox.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                ids.append(item)
-                text = decoder.step(self.tokenizer.backend_tokenizer, item) or ""
-                shown += text
-                yield Delta(text, (item,), None)
+                pending.append(item)
+                if item in self.eos_ids:
+                    reason = "stop"
+                    continue
+                text = text_stream.push(item)
+                if text_stream.is_stopped:
+                    yield Delta(text, tuple(pending), "stop")
+                    return
+                if text:
+                    yield Delta(text, tuple(pending), None)
+                    pending.clear()
         finally:
             closed.set()
             thread.join()
-        whole = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        reason = "stop" if ids and ids[-1] in ends else "length"
-        rest = whole.removeprefix(shown)  # half a character that the limit cut off
-        yield Delta(rest, (), "cancelled" if cancel.is_set() else reason)
+        if cancel.is_set() and reason == "length":
+            reason = "cancelled"
+        text = text_stream.finish()
+        yield Delta(text, tuple(pending), "stop" if text_stream.is_stopped else reason)
 
-    def _end_ids(self) -> frozenset[int]:
-        given = self.model.generation_config.eos_token_id
-        ids = given if isinstance(given, list) else [given, self.tokenizer.eos_token_id]
-        return frozenset(index for index in ids if index is not None)
-
-    def _generate(
+    def _run(
         self,
         prompt_ids: list[int],
         params: SamplingParams,
@@ -81,16 +95,35 @@ class TransformersSource(Generator):
             if params.seed is not None:
                 torch.manual_seed(params.seed)
             ids = torch.tensor([prompt_ids], device=self.model.device)
-            self.model.generate(
+            limit = min(params.max_tokens, self.max_context - len(prompt_ids))
+            generate: Any = self.model.generate
+            generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=_translate(params, sorted(self._end_ids()), self.tokenizer),
+                generation_config=self._translate(params, limit),
                 stopping_criteria=StoppingCriteriaList([_StopWhen(should_stop)]),
                 streamer=_ToQueue(outbox),
             )
             outbox.put(None)
         except BaseException as error:
             outbox.put(error)
+
+    def _translate(self, params: SamplingParams, limit: int) -> GenerationConfig:
+        pad = self.tokenizer.pad_token_id
+        values: dict[str, Any] = {
+            "max_new_tokens": limit,
+            "repetition_penalty": params.repetition_penalty,
+            "eos_token_id": list(self.eos_ids) or None,
+            "pad_token_id": 0 if pad is None else pad,
+            "num_beams": 1,
+            "do_sample": not params.is_greedy,
+        }
+        if not params.is_greedy:
+            values |= {"temperature": params.temperature, "top_k": params.top_k}
+            values |= {"top_p": params.top_p, "min_p": params.min_p or None}
+        make: Any = GenerationConfig
+        config: GenerationConfig = make(**values)
+        return config
 
 
 class _ToQueue(BaseStreamer):
@@ -106,7 +139,7 @@ class _ToQueue(BaseStreamer):
         self._is_prompt = False
 
     def end(self) -> None:
-        """Do nothing: the caller of `generate` says when it has ended."""
+        """Do nothing: `_run` says when it has ended."""
 
 
 class _StopWhen(StoppingCriteria):
@@ -117,28 +150,3 @@ class _StopWhen(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), self._should_stop(), device=input_ids.device)
-
-
-def _check(params: SamplingParams) -> None:
-    """Refuse what `generate` cannot do as we do it."""
-    for name in ("frequency_penalty", "presence_penalty", "logit_bias", "stop"):
-        if getattr(params, name):
-            raise ConfigError(
-                f"`--backend transformers` has no `{name}`", hint="try `--backend generator`"
-            )
-
-
-def _translate(params: SamplingParams, end_ids: list[int], tokenizer: Any) -> GenerationConfig:
-    pad = tokenizer.pad_token_id
-    values: dict[str, Any] = {
-        "max_new_tokens": params.max_tokens,
-        "repetition_penalty": params.repetition_penalty,
-        "eos_token_id": end_ids or None,
-        "pad_token_id": 0 if pad is None else pad,
-        "num_beams": 1,
-        "do_sample": params.temperature > 0,
-    }
-    if params.temperature > 0:
-        values |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
-        values |= {"min_p": params.min_p or None}
-    return GenerationConfig(**values)  # type: ignore[no-untyped-call]

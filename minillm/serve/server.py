@@ -20,6 +20,9 @@ from minillm.serve.source import find_source, load, short_name
 from minillm.serve.worker import Worker
 from minillm.settings import ServeConfig
 
+LAST_WORDS_S = 3
+"""How long a client may take to read that its answer was cut short."""
+
 LOOPBACK = frozenset(("127.0.0.1", "::1", "localhost"))
 
 
@@ -48,15 +51,13 @@ def run_server(config: ServeConfig, announce: Callable[[str], None]) -> None:
             defaults=Defaults(config.temperature, config.top_p),
             api_key=config.api_key,
         )
+        server = Server(app, config.drain_s, worker.abort_all)
         try:
-            serve_app(
-                app,
-                sock,
-                drain_s=config.drain_s,
-                ready=lambda: welcome(config, name, sock, announce),
-            )
+            server.run_on(sock, ready=lambda: welcome(config, name, sock, announce))
         finally:
             worker.close()
+    if server.stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -102,48 +103,55 @@ def _free_port(host: str, taken: int) -> int:
     return taken + 1 if taken < 65_535 else 8000
 
 
-def serve_app(
-    app: FastAPI, sock: socket.socket, *, drain_s: int, ready: Callable[[], None]
-) -> None:
-    """Run `app` on a listening socket until a signal.
-
-    Running answers get `drain_s` seconds to end; a second Ctrl-C does not wait.
-
-    Raises:
-        KeyboardInterrupt: The server was stopped by Ctrl-C, after it has shut down.
-    """
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=drain_s,
-        lifespan="off",
-    )
-    server = Server(config, ready)
-    asyncio.run(server.serve(sockets=[sock]))
-    if server.stopped_by == signal.SIGINT:
-        raise KeyboardInterrupt
-
-
 class Server(uvicorn.Server):
-    """uvicorn's server that says when it is ready, and does not raise its signal again."""
+    """uvicorn's server with a drain: it says when it is ready, and ends answers in good order.
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        """Call `ready` once connections are accepted."""
-        super().__init__(config)
-        self._ready = ready
+    At the first signal it takes no more connections, and running answers get `drain_s` seconds.
+    After that, or at the second signal, they are cut short with an error that the client can read.
+    """
+
+    def __init__(self, app: FastAPI, drain_s: int, abort: Callable[[], None]) -> None:
+        """Serve `app`; `abort` cuts running answers short."""
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=drain_s + LAST_WORDS_S,
+                lifespan="off",
+            )
+        )
+        self._drain_s, self._abort = drain_s, abort
+        self._ready: Callable[[], None] = lambda: None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._num_signals = 0
         self.stopped_by: int | None = None
+
+    def run_on(self, sock: socket.socket, ready: Callable[[], None]) -> None:
+        """Serve on a listening socket until a signal; call `ready` once that has begun."""
+        self._ready = ready
+        asyncio.run(self.serve(sockets=[sock]))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept connections."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
         self._ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections and wait for the running answers."""
+        timer = asyncio.get_running_loop().call_later(self._drain_s, self._abort)
+        await super().shutdown(sockets=sockets)
+        timer.cancel()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop after a drain; at once at the second signal."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        """Note a signal. uvicorn would raise it again after the shutdown; this does not."""
+        self._num_signals += 1
         self.stopped_by = sig
+        self.should_exit = True
+        if self._num_signals == 2 and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._abort)
+        self.force_exit = self._num_signals > 2
 
 
 def welcome(

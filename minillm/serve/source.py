@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 from minillm import paths
 from minillm.device import pick_device, pick_dtype
 from minillm.errors import InputError
@@ -51,7 +53,9 @@ def short_name(source: str) -> str:
     return path.name
 
 
-def load(source: str, *, device: str, precision: str) -> tuple[object, object]:
+def load(
+    source: str, *, device: str, precision: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load model and tokenizer onto a device named as in the config.
 
     Raises:

@@ -132,14 +132,18 @@ class Worker:
             if job in self._waiting:
                 self._waiting.remove(job)
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Abort everything and wait for the thread, at most `timeout_s`."""
+    def abort_all(self) -> None:
+        """Give up all jobs and take no more; does not wait."""
         with self._changed:
             self._is_closing = True
             jobs = [*self._waiting, *([self._current] if self._current else [])]
             self._changed.notify()
         for job in jobs:
             job.abort()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Abort everything and wait for the thread, at most `timeout_s`."""
+        self.abort_all()
         self._thread.join(timeout_s)
 
     def _work(self) -> None:

@@ -15,7 +15,7 @@ from minillm import paths
 from minillm.data.binfile import TokenFile
 from minillm.data.merge import merge_bin
 from minillm.data.sft import prepare_sft
-from minillm.data.stratify import prepare_tokenizer
+from minillm.data.stratify import stratify
 from minillm.data.tokenize import tokenize
 from minillm.data.train_tokenizer import train_tokenizer
 from minillm.files import folder_lock, write_text
@@ -124,9 +124,7 @@ def _prepare(out: Path, progress: Progress) -> tuple[Path, Path, Path]:
     merged, dialogues = out / "pretrain.bin", out / "sft.parquet"
     bundled = Path(paths.BUNDLED)
     if not (tokenizer / "tokenizer.json").is_file():
-        prepare_tokenizer(
-            PrepareTokenizerConfig(data=bundled, out=sample, sample_ratio=0.3), progress
-        )
+        stratify(PrepareTokenizerConfig(data=bundled, out=sample, sample_ratio=0.3), progress)
         train_tokenizer(
             TrainTokenizerConfig(data=sample, out=tokenizer, vocab_size=_VOCAB_SIZE), progress
         )

@@ -28,7 +28,7 @@ class MetricLog:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._stream = self._path.open("a", encoding="utf-8")
         purge = state.step + 1 if state.step else None
-        self._board = SummaryWriter(str(run), purge_step=purge)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(run), purge_step=purge)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Log one line of `kind` (`train` or `eval`)."""
@@ -36,16 +36,16 @@ class MetricLog:
         self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
         for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)  # type: ignore[no-untyped-call]
+            self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def write_text(self, tag: str, step: int, text: str) -> None:
         """Log a sample to TensorBoard."""
-        self._board.add_text(tag, text, step)  # type: ignore[no-untyped-call]
+        self._board.add_text(tag, text, step)
 
     def close(self) -> None:
         """Flush both."""
         self._stream.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

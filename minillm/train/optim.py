@@ -1,6 +1,6 @@
 """Parameter groups and optimizers, and their state as named tensors.
 
-Muon (Jordan et al. 2024; `torch.optim.Muon`) updates the weight matrices inside the blocks,
+Muon (`minillm.train.muon`) updates the weight matrices inside the blocks,
 AdamW the embeddings, the head, vectors and anything that is not a matrix. Weight decay applies to
 the matrices only.
 """
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from minillm.settings import OptimConfig
+from minillm.train.muon import Muon
 
 
 def build_optimizers(model: nn.Module, cfg: OptimConfig, device: torch.device) -> list[Optimizer]:
@@ -42,7 +43,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     head = getattr(model, "lm_head", None)
     if isinstance(head, nn.Linear):
         outer |= {id(parameter) for parameter in head.parameters()}
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in model.parameters():
         is_matrix = parameter.ndim == 2 and id(parameter) not in outer
         (matrices if is_matrix else others).append(parameter)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from minillm import paths
 from minillm.config import to_plain
@@ -93,7 +94,8 @@ def pretrain(
     facts = {"data_sha256": file.manifest.sha256, "tokenizer_sha256": fingerprint(folder)}
     run = begin_run(cfg, "pretrain", cfg.model, out, facts, resume)
     torch.manual_seed(cfg.seed)
-    model = registry.build_model(config).to(device)
+    model = registry.build_model(config)
+    model.to(device)  # type: ignore[arg-type]  # its wrapper hides the argument's type
     step_rows = max(1, cfg.batch.batch_tokens // cfg.batch.sequence_length)
     job = Job(
         stage="pretrain",
@@ -129,10 +131,14 @@ def _find_tokenizer_folder(cfg: PretrainConfig, data: Path) -> Path:
     if cfg.tokenizer.as_posix() != "auto":
         return resolve_tokenizer(cfg.tokenizer)
     wanted = TokenFile.read_fingerprint(data)
-    return find_tokenizer(wanted, near=[data.parent]) if wanted else resolve_tokenizer(cfg.tokenizer)
+    return (
+        find_tokenizer(wanted, near=[data.parent]) if wanted else resolve_tokenizer(cfg.tokenizer)
+    )
 
 
-def _build_source(cfg: PretrainConfig, file: TokenFile, tokenizer: object) -> PretrainSource:
+def _build_source(
+    cfg: PretrainConfig, file: TokenFile, tokenizer: PreTrainedTokenizerFast
+) -> PretrainSource:
     length = cfg.batch.sequence_length
     val_windows = max(1, cfg.report.eval_tokens // length)
     own = Windows(

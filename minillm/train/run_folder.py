@@ -4,11 +4,11 @@ import platform
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tomllib
 import torch
 import transformers
 

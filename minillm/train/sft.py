@@ -8,7 +8,7 @@ import torch
 
 from minillm import paths
 from minillm.config import to_plain
-from minillm.data.sft import SftRow, SftRows
+from minillm.data.sft_rows import SftRow, SftRows
 from minillm.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
 from minillm.data.windows import IGNORE, Rows, permute
 from minillm.device import pick_device, pick_dtype

@@ -1,18 +1,18 @@
 """A scripted generator behind a real uvicorn server on a free loopback port."""
 
+import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import pytest
-import uvicorn
+
 from minillm.models.generator import Delta
 from minillm.models.sampling import SamplingParams
-
 from minillm.serve.http import create_app
-from minillm.serve.server import listen
+from minillm.serve.server import Server, listen
 from minillm.serve.worker import Worker
 
 MODEL = "lab/scripted"
@@ -102,6 +102,7 @@ class Running:
 
     url: str
     worker: Worker
+    server: Server
     generator: ScriptedGenerator = field(repr=False)
 
     def wait_idle(self, within_s: float) -> float:
@@ -115,25 +116,30 @@ class Running:
 
 @contextmanager
 def running(
-    generator: ScriptedGenerator, *, model: str = MODEL, max_waiting: int = 64, api_key: str = ""
+    generator: ScriptedGenerator,
+    *,
+    model: str = MODEL,
+    max_waiting: int = 64,
+    api_key: str = "",
+    drain_s: int = 0,
 ) -> Iterator[Running]:
     """Serve `generator` until the block ends."""
     worker = Worker(generator, max_waiting=max_waiting)
     app = create_app(worker, model=model, api_key=api_key)
-    config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1, lifespan="off")
-    server = uvicorn.Server(config)
+    server = Server(app, drain_s, worker.abort_all)
+    ready = threading.Event()
     with listen("127.0.0.1", 0) as sock:
-        thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+        thread = threading.Thread(target=server.run_on, args=(sock, ready.set), daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        while not server.started:
-            time.sleep(0.005)
+        assert ready.wait(10)
         try:
-            yield Running(url, worker, generator)
+            yield Running(url, worker, server, generator)
         finally:
-            server.should_exit = True
-            thread.join(5)
+            server.handle_exit(signal.SIGTERM, None)
+            thread.join(10)
             worker.close()
+            assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +149,8 @@ def server() -> Iterator[Running]:
         yield it
 
 
-@pytest.fixture
-def serve():
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., AbstractContextManager[Running]]:
     """Start a server of one's own."""
     return running
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -197,6 +198,40 @@ def test_the_page_is_one_small_file_that_only_its_own_script_may_run(http: httpx
 def test_no_site_but_its_own_may_read_answers(http: httpx.Client) -> None:
     response = http.get("/v1/models", headers={"origin": "https://evil.example"})
     assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_a_signal_drains_and_a_second_one_cuts_short(
+    serve: Any, scripted: Any, num_signals: int
+) -> None:
+    long = {"drain_s": 60} if num_signals == 2 else {"drain_s": 1}
+    with (
+        serve(scripted(), **long) as server,
+        httpx.stream("POST", server.url + CHAT, json=body("slow", stream=True)) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        start = time.monotonic()
+        for _ in range(num_signals):
+            server.server.handle_exit(signal.SIGINT, None)
+        rest = [line for line in lines if line]
+        assert "the server stopped this generation" in rest[-2]
+        assert rest[-1] == "data: [DONE]"
+        assert time.monotonic() - start < 3
+
+
+def test_an_answer_that_ends_within_the_drain_is_whole(serve: Any, scripted: Any) -> None:
+    generator = scripted()
+    with (
+        serve(generator, drain_s=10) as server,
+        httpx.stream(
+            "POST", server.url + CHAT, json=body("slow", stream=True, max_tokens=40)
+        ) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert '"finish_reason":"length"' in [line for line in lines if line][-2]
 
 
 def test_a_taken_port_is_a_setup_error_with_a_free_port_in_the_hint() -> None:

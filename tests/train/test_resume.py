@@ -74,7 +74,10 @@ def test_a_stopped_run_continues_to_the_bit(
     done = subprocess.run(again, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert curve(run) == curve(whole)
-    for name in ("final/model.safetensors", f"checkpoints/step-{STEPS:07d}/trainer_state.safetensors"):
+    for name in (
+        "final/model.safetensors",
+        f"checkpoints/step-{STEPS:07d}/trainer_state.safetensors",
+    ):
         assert sha256_file(run / name) == sha256_file(whole / name), name
 
 
@@ -84,7 +87,9 @@ def test_the_curve_holds_every_logged_step_once(whole: Path) -> None:
     assert [step for kind, step, _ in curve(whole) if kind == "eval"] == [0, 6, 12, 18, 24]
 
 
-def test_a_half_written_checkpoint_is_never_taken(corpus: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_is_never_taken(
+    corpus: Path, whole: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     subprocess.run(["cp", "-r", str(whole), str(run)], check=True)
     newest = run / "checkpoints" / f"step-{STEPS:07d}"

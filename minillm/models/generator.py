@@ -1,0 +1,215 @@
+"""Text from a model: one forward pass over the prompt, then one token at a time from the cache.
+
+The small, readable path: one sequence, any causal LM of transformers, one generation at a time
+(the caller locks). Greedy decoding gives the tokens of transformers' `generate`.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.cache_utils import Cache, DynamicCache
+
+from minillm.errors import InputError
+from minillm.models.sampling import Sampler, SamplingParams
+from minillm.models.text_stream import TextStream
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of an answer. Only the last one has a reason, and its text may be empty."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """All tokens since the last piece, the end-of-text token included."""
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer and what it took."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_s: float
+    """From the call to the first token."""
+    decode_s: float
+    """From the first token to the last."""
+
+
+class Generator:
+    """A model and its tokenizer, ready to answer."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids from 0 below this one exist."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the generation config's and the tokenizer's."""
+        config = self.model.generation_config
+        given = config.eos_token_id if config is not None else None
+        found = {self.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}
+        return tuple(sorted(int(token) for token in found if token is not None))
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, enable_think: bool = False
+    ) -> list[int]:
+        """Return the ids of a conversation and the opening of the answer.
+
+        Raises:
+            InputError: The tokenizer has no chat template, or the template refuses the messages.
+        """
+        if self.tokenizer.chat_template is None:
+            raise InputError(
+                "the tokenizer has no chat template",
+                hint="fine-tune it first: `minillm sft`, or complete plain text instead",
+            )
+        try:
+            ids: Any = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                return_dict=False,
+                enable_think=enable_think,
+            )
+        except (TemplateError, TypeError, KeyError) as err:
+            raise InputError(f"the chat template refuses these messages: {err}") from err
+        return list(ids)
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Delta]:
+        """Yield the answer in pieces of certain text; the last one says why it ended.
+
+        Args:
+            prompt_ids: What to continue.
+            params: How to choose tokens and when to end.
+            cancel: Once set, the answer ends before the next token.
+
+        Raises:
+            InputError: The prompt is empty, too long or has an id outside the vocabulary. Raised
+                by the call, before anything is yielded.
+        """
+        self._check(prompt_ids)
+        return self._stream(prompt_ids, params, cancel or threading.Event(), [])
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Completion:
+        """Return the whole answer.
+
+        Raises:
+            InputError: As `stream`.
+        """
+        self._check(prompt_ids)
+        times: list[float] = [time.perf_counter()]
+        deltas = list(self._stream(prompt_ids, params, cancel or threading.Event(), times))
+        tokens = tuple(token for delta in deltas for token in delta.token_ids)
+        reason = deltas[-1].finish_reason
+        assert reason is not None
+        first = times[min(1, len(times) - 1)]
+        return Completion(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tokens,
+            finish_reason=reason,
+            prompt_tokens=len(prompt_ids),
+            completion_tokens=len(tokens),
+            prefill_s=first - times[0],
+            decode_s=times[-1] - first,
+        )
+
+    def _check(self, prompt_ids: Sequence[int]) -> None:
+        if not prompt_ids:
+            raise InputError("the prompt is empty", hint="give at least one token")
+        if len(prompt_ids) >= self.max_context:
+            raise InputError(
+                f"the prompt has {len(prompt_ids)} tokens, the context holds {self.max_context}",
+                hint="shorten the prompt; the answer needs room too",
+            )
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self.vocab_size:
+            raise InputError(
+                f"the prompt has token {max(prompt_ids)}, the vocabulary ends at "
+                f"{self.vocab_size - 1}",
+                hint="use the tokenizer that belongs to the model",
+            )
+
+    def _stream(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        cancel: threading.Event,
+        times: list[float],
+    ) -> Iterator[Delta]:
+        """As `stream`; the time of every token is appended to `times`."""
+        limit = min(params.max_tokens, self.max_context - len(prompt_ids))
+        eos_ids = self.eos_ids
+        text_stream = TextStream(self.tokenizer, params.stop)
+        pending: list[int] = []
+        reason: FinishReason = "length"
+        with_cache = self._begin(prompt_ids, limit)
+        ids = torch.tensor(prompt_ids, dtype=torch.long, device=self.model.device)
+        sampler = Sampler(params, ids, self.vocab_size, eos_ids)
+        for _ in range(limit):
+            if cancel.is_set():
+                reason = "cancelled"
+                break
+            ids = self._step(ids, with_cache, sampler)
+            token = int(ids)
+            times.append(time.perf_counter())
+            pending.append(token)
+            if token in eos_ids:
+                reason = "stop"
+                break
+            text = text_stream.push(token)
+            if text_stream.is_stopped:
+                yield Delta(text, tuple(pending), "stop")
+                return
+            if text:
+                yield Delta(text, tuple(pending), None)
+                pending.clear()
+        text = text_stream.finish()
+        yield Delta(text, tuple(pending), "stop" if text_stream.is_stopped else reason)
+
+    def _begin(self, prompt_ids: Sequence[int], limit: int) -> Cache:
+        make_cache = getattr(self.model, "make_cache", None)
+        if make_cache is None:
+            return DynamicCache(config=self.model.config)
+        cache: Cache = make_cache(1, len(prompt_ids) + min(limit, 256))
+        return cache
+
+    # a decorator, not a block in `_stream`: the mode would leak to the caller at every yield
+    @torch.inference_mode()
+    def _step(self, ids_T: Tensor, cache: Cache, sampler: Sampler) -> Tensor:
+        """Feed tokens, return the next one, `(1,)`."""
+        output = self.model(
+            input_ids=ids_T[None], past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return sampler.next_token(output.logits[0, -1])

@@ -1,0 +1,159 @@
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minillm import paths
+from minillm.data import merge as module
+from minillm.data.binfile import BinWriter, Manifest, TokenFile, TokenizerFacts, manifest_path
+from minillm.data.merge import merge_bin
+from minillm.errors import InputError, SetupError
+from minillm.settings import MergeBinConfig
+
+FACTS = TokenizerFacts(vocab_size=300, sha256="f" * 64, separator_id=1)
+
+
+def write(path: Path, documents: list[list[int]], facts: TokenizerFacts = FACTS) -> Manifest:
+    with BinWriter(path, facts, [path.stem + ".txt"]) as writer:
+        for ids in documents:
+            writer.append(ids, 10)
+    assert writer.manifest is not None
+    return writer.manifest
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    write(folder / "b.bin", [[7], [8, 9]])
+    write(folder / "a.bin", [[5, 6]])
+    draw = np.random.default_rng(0)
+    write(folder / "c.bin", [draw.integers(2, 300, 3000).tolist() for _ in range(20)])
+    return folder
+
+
+def expected(folder: Path) -> bytes:
+    return b"".join((folder / name).read_bytes() for name in ("a.bin", "b.bin", "c.bin"))
+
+
+def test_files_are_joined_in_the_order_of_their_names(tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "all.bin"
+    merged = merge_bin(MergeBinConfig(data=tokens, out=out))
+    assert out.read_bytes() == expected(tokens)
+    assert TokenFile.open(out, verify=True).manifest == merged
+    assert (merged.num_tokens, merged.num_documents, merged.text_bytes) == (60_028, 23, 230)
+    assert merged.sha256 == hashlib.sha256(expected(tokens)).hexdigest()
+    assert merged.sources == ("a.txt", "b.txt", "c.txt")
+
+
+def fail_with(code: int) -> Callable[..., int]:
+    def call(*_args: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+@pytest.mark.parametrize("broken", [["copy_file_range"], ["copy_file_range", "sendfile"]])
+@pytest.mark.parametrize("how", ["missing", "refuses"])
+def test_slower_ways_to_copy_give_the_same_file(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: list[str], how: str
+) -> None:
+    for name in broken:
+        if how == "missing":
+            monkeypatch.delattr(os, name)
+        else:
+            monkeypatch.setattr(os, name, fail_with(errno.EXDEV))
+    merge_bin(MergeBinConfig(data=tokens, out=tmp_path / "all.bin"))
+    assert (tmp_path / "all.bin").read_bytes() == expected(tokens)
+
+
+def test_copies_in_pieces(tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 1000)
+    merge_bin(MergeBinConfig(data=tokens, out=tmp_path / "all.bin"))
+    assert (tmp_path / "all.bin").read_bytes() == expected(tokens)
+
+
+def test_the_output_is_not_its_own_input(tokens: Path) -> None:
+    cfg = MergeBinConfig(data=tokens, out=tokens / "all.bin")
+    assert merge_bin(cfg) == merge_bin(cfg)
+    assert (tokens / "all.bin").read_bytes() == expected(tokens)
+
+
+def test_two_tokenizers_are_never_mixed(tokens: Path, tmp_path: Path) -> None:
+    other = TokenizerFacts(vocab_size=300, sha256="e" * 64, separator_id=1)
+    write(tokens / "d.bin", [[1]], other)
+    with pytest.raises(InputError, match=r"a\.bin` was made .* f{12}….*d\.bin` with e{12}…"):
+        merge_bin(MergeBinConfig(data=tokens, out=tmp_path / "all.bin"))
+    assert not (tmp_path / "all.bin").exists()
+
+
+def test_two_dtypes_are_never_mixed(tokens: Path, tmp_path: Path) -> None:
+    wide = TokenizerFacts(vocab_size=70_000, sha256="f" * 64, separator_id=1)
+    write(tokens / "d.bin", [[1]], wide)
+    with pytest.raises(InputError, match=r"a\.bin` holds uint16 .*d\.bin` uint32"):
+        merge_bin(MergeBinConfig(data=tokens, out=tmp_path / "all.bin"))
+
+
+def test_a_damaged_part_is_named_and_leaves_the_earlier_output(
+    tokens: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "all.bin"
+    before = merge_bin(MergeBinConfig(data=tokens, out=out))
+    raw = bytearray((tokens / "b.bin").read_bytes())
+    raw[2] ^= 1
+    (tokens / "b.bin").write_bytes(raw)
+    with pytest.raises(InputError, match=r"b\.bin` has sha256"):
+        merge_bin(MergeBinConfig(data=tokens, out=out))
+    assert TokenFile.open(out, verify=True).manifest == before
+    (tokens / "b.bin").write_bytes(raw[:-2])
+    with pytest.raises(InputError, match=r"b\.bin` has 8 bytes"):
+        merge_bin(MergeBinConfig(data=tokens, out=out))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["all.bin", "all.bin.json", "tokens"]
+
+
+def test_a_full_disk_is_found_before_copying(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    with pytest.raises(SetupError, match=r"`all\.bin` needs 120\.1 kB"):
+        merge_bin(MergeBinConfig(data=tokens, out=tmp_path / "all.bin"))
+
+
+def test_a_disk_that_fills_up_leaves_nothing(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "copy_file_range", fail_with(errno.ENOSPC))
+    with pytest.raises(SetupError, match="disk is full"):
+        merge_bin(MergeBinConfig(data=tokens, out=tmp_path / "out" / "all.bin"))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_files_without_manifest_need_the_tokenizer(
+    small_folder: Path, small, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.bin", [[5, 6]], TokenizerFacts.of(small))
+    made = write(tmp_path / "b.bin", [[7]], TokenizerFacts.of(small))
+    manifest_path(tmp_path / "b.bin").unlink()
+    out = tmp_path / "out.bin"
+    with pytest.raises(InputError, match="no manifest"):
+        merge_bin(MergeBinConfig(data=tmp_path, out=out))
+    merged = merge_bin(MergeBinConfig(data=tmp_path, out=out, tokenizer=small_folder))
+    assert merged.tokenizer_sha256 == made.tokenizer_sha256
+    assert TokenFile.open(out).tokens.tolist() == [5, 6, small.eos_token_id, 7, small.eos_token_id]
+
+
+def test_nothing_to_merge_is_an_input_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for data in (paths.TOKENS, Path("other"), Path()):
+        with pytest.raises(InputError) as caught:
+            merge_bin(MergeBinConfig(data=data))
+        assert "minillm tokenize" in str(caught.value.hint)

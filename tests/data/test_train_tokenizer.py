@@ -1,0 +1,200 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoTokenizer
+
+from minillm import paths
+from minillm.data.tokenizer import ADDED, fingerprint, load_tokenizer
+from minillm.data.train_tokenizer import TokenizerReport, train_backend, train_tokenizer
+from minillm.errors import InputError
+from minillm.settings import TrainTokenizerConfig
+
+MakeTexts = Callable[..., list[str]]
+
+
+class Recorder:
+    """A Progress that remembers."""
+
+    def __init__(self) -> None:
+        self.tasks: list[list[object]] = []
+
+    def start(self, what: str, total: float | None, unit: str) -> None:
+        self.tasks.append([what, total, 0.0, False])
+
+    def advance(self, amount: float) -> None:
+        self.tasks[-1][2] += amount  # type: ignore[operator]
+
+    def note(self, text: str) -> None: ...
+
+    def finish(self) -> None:
+        self.tasks[-1][3] = True
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, make_texts: MakeTexts) -> Path:
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for number in range(3):
+        lines = [json.dumps({"text": text}) + "\n" for text in make_texts(200, seed=number)]
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def train(data: Path, out: Path, **settings) -> TokenizerReport:
+    return train_tokenizer(
+        TrainTokenizerConfig(data=data, out=out, **{"vocab_size": 320} | settings)
+    )
+
+
+def test_the_folder_is_a_tokenizer_with_the_designed_ids(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "tok"
+    report = train(corpus, out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert len(tokenizer) == report.num_tokens == 324
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", *ADDED]) == [0, 320, 321, 322, 323]
+    assert report.fingerprint == fingerprint(out) == fingerprint(tokenizer)
+    assert report.num_documents == 600
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "model_max_length": 32768,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def test_the_base_vocabulary_is_endoftext_then_the_256_bytes_then_merges(
+    corpus: Path, tmp_path: Path
+) -> None:
+    train(corpus, tmp_path / "tok")
+    model = json.loads((tmp_path / "tok" / "tokenizer.json").read_text())["model"]
+    by_id = sorted(model["vocab"], key=model["vocab"].get)
+    assert sorted(by_id[1:257]) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert by_id[257:] == ["".join(pair) for pair in model["merges"]]
+    assert len(by_id) == 320
+
+
+def test_the_pre_tokenizer_is_qwen2s_and_nothing_normalizes(corpus: Path, tmp_path: Path) -> None:
+    train(corpus, tmp_path / "tok")
+    tree = json.loads((tmp_path / "tok" / "tokenizer.json").read_text())
+    # as in Qwen2's published tokenizer.json
+    pattern = (
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|"
+        " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+    )
+    split, to_bytes = tree["pre_tokenizer"]["pretokenizers"]
+    assert split == {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    assert (to_bytes["type"], to_bytes["use_regex"], to_bytes["add_prefix_space"]) == (
+        "ByteLevel",
+        False,
+        False,
+    )
+    assert tree["normalizer"] is None
+    assert pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(
+        "你好，世界 I'm 12"
+    ) == [
+        ("你好", (0, 2)),
+        ("，世界", (2, 5)),
+        (" I", (5, 7)),
+        ("'m", (7, 9)),
+        (" ", (9, 10)),
+        ("1", (10, 11)),
+        ("2", (11, 12)),
+    ]
+
+
+def test_no_token_is_longer_than_eight_chinese_characters(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("中华人民共和国全国人民代表大会常务委员会\n\n" * 50)
+    report = train(tmp_path, tmp_path / "tok", vocab_size=300)
+    tokenizer = load_tokenizer(report.folder)
+    lengths = [len(token) for token in tokenizer.get_vocab() if token not in ADDED]
+    assert max(lengths) <= 24
+
+
+def test_the_same_text_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train(corpus, tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_the_most_frequent_pair_is_merged_first() -> None:
+    backend = train_backend(iter([["ababab ab", "cd"], ["cd cd xyz"]]), 259)
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    assert merges == [["a", "b"], ["c", "d"]]
+
+
+def test_too_little_text_says_how_many_merges_there_are(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abab abab")  # ab, then abab: two merges
+    with pytest.raises(InputError, match=r"gives 259 tokens, 2 of them merges") as caught:
+        train(tmp_path, tmp_path / "tok", vocab_size=1000)
+    assert "--vocab-size 259" in str(caught.value.hint)
+    assert not (tmp_path / "tok").exists()
+    assert train(tmp_path, tmp_path / "tok", vocab_size=259).num_tokens == 263
+
+
+def test_max_bytes_bounds_the_text_and_spreads_it_over_the_files(
+    corpus: Path, tmp_path: Path
+) -> None:
+    for number, letter in enumerate("pqr"):
+        lines = [json.dumps({"text": letter * 100})] * 100
+        (corpus / f"{number}.jsonl").write_text("\n".join(lines))
+    report = train(corpus, tmp_path / "tok", max_bytes=3000, vocab_size=260)
+    assert 2700 <= report.text_bytes <= 3000
+    vocabulary = load_tokenizer(report.folder).get_vocab()
+    assert {"pp", "qq", "rr"} <= set(vocabulary)
+    assert train(corpus, tmp_path / "tok", max_bytes=10**9, vocab_size=260).text_bytes == 30_000
+
+
+def test_an_earlier_tokenizer_is_replaced_and_other_files_are_not(
+    corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tok"
+    before = train(corpus, out).fingerprint
+    assert train(corpus, out, vocab_size=310).fingerprint != before
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds `notes\.txt`"):
+        train(corpus, out)
+    assert len(load_tokenizer(out)) == 314
+
+
+def test_an_error_while_reading_keeps_its_kind_and_the_earlier_tokenizer(
+    corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "tok"
+    before = train(corpus, out).fingerprint
+    (corpus / "2.jsonl").write_text('{"text": "ok"}\nbroken\n')
+    with pytest.raises(InputError, match=r"2\.jsonl` line 2"):
+        train(corpus, out)
+    assert fingerprint(out) == before
+    assert [file.name for file in tmp_path.iterdir()] == [corpus.name, out.name]
+
+
+def test_progress_reaches_its_total(corpus: Path, tmp_path: Path) -> None:
+    progress = Recorder()
+    cfg = TrainTokenizerConfig(data=corpus, out=tmp_path / "tok", vocab_size=300)
+    train_tokenizer(cfg, progress)
+    (what, total, done, is_finished), merging = progress.tasks
+    assert (what, is_finished) == ("read text", True)
+    assert total == sum(file.stat().st_size for file in corpus.iterdir())
+    assert done == pytest.approx(total)
+    assert merging[0] == "learn merges"
+    assert merging[3]
+
+
+def test_without_a_sample_the_hint_makes_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="data/sample") as caught:
+        train_tokenizer(TrainTokenizerConfig())
+    assert "minillm prepare-tokenizer --data bundled" in str(caught.value.hint)
+    assert not paths.TOKENIZER.exists()
