@@ -43,7 +43,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"`--device {name}` is not a device", hint="try `--device auto`") from None
+        raise ConfigError(
+            f"`--device {name}` is not a device", hint="try `--device auto`"
+        ) from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SetupError(
             f"`--device {name}`: this machine has {torch.cuda.device_count()} CUDA devices",

@@ -24,7 +24,7 @@ err = Console(stderr=True, highlight=False)
 
 def say(text: str) -> None:
     """Talk: one line on stderr."""
-    err.print(text, markup=False)
+    err.print(text, markup=False, soft_wrap=True)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

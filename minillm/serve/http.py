@@ -305,5 +305,5 @@ async def stream_events(
 def _event(data: Mapping[str, Any]) -> str:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for char in "\u0085\u2028\u2029":  # some clients take these for line ends
-        text = str(text); text.replace(char, f"\\u{ord(char):04x}")
+        text = text.replace(char, f"\\u{ord(char):04x}")
     return f"data: {text}\n\n"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers.utils import logging as hf_logging
 
 from minillm.data.windows import IGNORE
 from minillm.device import peak_flops, peak_memory_bytes
@@ -54,6 +55,7 @@ def train(job: Job, progress: Progress, *, resume: bool) -> Outcome:
         RunError: The loss or the gradient is not finite; nothing was updated with it.
         SetupError: The disk is full; the last checkpoint is intact.
     """
+    hf_logging.disable_progress_bar()  # a bar per saved file would break into ours
     model = job.model.train()
     if job.batch.activation_checkpointing:
         model.activation_checkpointing_enable()

@@ -179,6 +179,9 @@ def test_all_but_health_and_the_page_need_the_key(serve: Any, scripted: Any) -> 
             for method in ("GET", "POST"):
                 check_error(http.request(method, path), 401, "invalid_api_key")
         assert http.get("/health").status_code == http.get("/").status_code == 200
+        for wrong in ("k", "Basic k", "Bearer xk", "Bearer kk", "Bearer", "Bearer  k"):
+            response = http.get("/v1/models", headers={"authorization": wrong.encode()})
+            check_error(response, 401, "invalid_api_key")
         for scheme in ("Bearer", "bearer"):
             headers = {"authorization": f"{scheme} k"}
             assert http.get("/v1/models", headers=headers).status_code == 200
