@@ -17,7 +17,7 @@ define install
 @echo "setting up $(VENV) (2 to 10 minutes the first time: PyTorch is large) …"
 @test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 @set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
-  -e '.$(1)' | { grep --line-buffered -E '^ *(Downloading|Installing)' || true; }
+  -e '.$(1)' | { grep --line-buffered -oE '^ *Downloading .*[MG]B\)|^Installing' || true; }
 endef
 
 $(VENV)/.base: pyproject.toml

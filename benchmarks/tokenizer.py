@@ -41,7 +41,7 @@ def load(place: str) -> tuple[int, Encode]:
 
 
 def load_gpt2(folder: Path) -> tuple[int, Encode]:
-    """GPT-2: its own pattern is the default of `ByteLevel`."""
+    """GPT-2: `ByteLevel` splits by GPT-2's own pattern unless told not to."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     model = models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
@@ -63,11 +63,6 @@ def load_tiktoken(path: Path) -> tuple[int, Encode]:
     return len(ranks), lambda texts: sum(len(encoder.encode_ordinary(text)) for text in texts)
 
 
-def named(pairs: list[str]) -> dict[str, str]:
-    """Split `NAME=PATH` arguments."""
-    return dict(pair.split("=", 1) for pair in pairs)
-
-
 def main() -> None:
     """Print one row per tokenizer."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -77,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     texts = {
         name: [text for batch in read_batches(find_files(Path(place))) for text in batch.texts]
-        for name, place in named(args.text).items()
+        for name, place in (pair.split("=", 1) for pair in args.text)
     }
     sizes = {name: sum(len(t.encode()) for t in batch) for name, batch in texts.items()}
     titles = [f"{name} ({sizes[name] / 1e6:.2f} MB)" for name in texts]
@@ -86,7 +81,7 @@ def main() -> None:
     print(f"tokenizers {importlib.metadata.version('tokenizers')}\n")
     print("| tokenizer | vocabulary |", " | ".join(titles), "| MB/s |")
     print("|---|" + "---:|" * (len(texts) + 2))
-    for name, place in named(args.tokenizer).items():
+    for name, place in (pair.split("=", 1) for pair in args.tokenizer):
         vocab_size, encode = load(place)
         cells = [f"{sizes[key] / encode(batch):.2f}" for key, batch in texts.items()]
         seconds = []
