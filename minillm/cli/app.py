@@ -81,13 +81,13 @@ def root(
 
 
 app.command()(demo)
-app.command()(pretrain)
-app.command()(sft)
-app.command("train-tokenizer")(train_tokenizer)
-app.command()(chat)
-app.command()(serve)
 app.command()(download)
 app.command("prepare-tokenizer")(prepare_tokenizer)
+app.command("train-tokenizer")(train_tokenizer)
 app.command("tokenize")(tokenize)
 app.command("merge-bin")(merge_bin)
+app.command()(pretrain)
 app.command("prepare-sft")(prepare_sft)
+app.command()(sft)
+app.command()(chat)
+app.command()(serve)

@@ -56,7 +56,7 @@ class Size:
 
 SIZES = {
     "quick": Size(60, 60),
-    "standard": Size(400, 300),
+    "standard": Size(300, 240),
     "long": Size(1600, 800),
 }
 
