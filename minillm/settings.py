@@ -239,9 +239,7 @@ class PretrainConfig:
     """`minillm pretrain`: everything that decides the numbers of a run."""
 
     model: Annotated[str, Doc("Architecture and size, e.g. `mini_llama3:small`.")] = "mini_llama3"
-    data: Annotated[Path, Doc("A token file (.bin); or `bundled`: the corpus in the package.")] = (
-        paths.PRETRAIN_BIN
-    )
+    data: Annotated[Path, Doc("A token file (.bin).")] = paths.PRETRAIN_BIN
     val_data: Annotated[
         Path | None, Doc("A token file to validate on; default: the end of --data is held out.")
     ] = None
@@ -268,9 +266,7 @@ class SftConfig:
     model: Annotated[
         Path, Doc("Model folder or pretrain run; `auto` is the newest finished pretrain run.")
     ] = Path("auto")
-    data: Annotated[
-        Path, Doc("SFT parquet, packed or not; or `bundled`: the dialogues in the package.")
-    ] = paths.SFT_PARQUET
+    data: Annotated[Path, Doc("SFT parquet, packed or not.")] = paths.SFT_PARQUET
     epochs: Annotated[float, Doc("Passes over the data.")] = 2.0
     steps: Annotated[int, Doc("Optimizer steps; 0 follows --epochs.")] = 0
     seed: Annotated[int, Doc("Seed of data order and dropout.")] = 0

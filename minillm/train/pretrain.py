@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from minillm import paths
 from minillm.config import to_plain
 from minillm.data.binfile import TokenFile
 from minillm.data.tokenizer import (
@@ -118,13 +117,13 @@ def pretrain(
 
 
 def _find_data(cfg: PretrainConfig) -> Path:
-    if cfg.data == paths.PRETRAIN_BIN and not cfg.data.exists():
+    if not cfg.data.exists():
         raise InputError(
             f"no training data: `{cfg.data}` does not exist",
             hint="`minillm tokenize --data bundled && minillm merge-bin` makes it from the text "
             "in the package; `minillm download --set 4` fetches 5 billion tokens",
         )
-    return paths.resolve(cfg.data, paths.PRETRAIN_BIN)
+    return cfg.data
 
 
 def _find_tokenizer_folder(cfg: PretrainConfig, data: Path) -> Path:
