@@ -14,6 +14,7 @@ from minillm.files import sha256_file
 from minillm.train.metrics import read_metrics
 
 STEPS = 24
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other help nobody here
 
 
 def command(corpus: Path, run: Path) -> list[str]:
@@ -28,7 +29,7 @@ def command(corpus: Path, run: Path) -> list[str]:
 
 def start(words: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
     )
 
 
@@ -50,7 +51,9 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> Non
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nobody disturbed."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    done = subprocess.run(command(corpus, run), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command(corpus, run), capture_output=True, text=True, check=False, env=ENV
+    )
     assert done.returncode == 0, done.stderr
     return run
 
@@ -71,7 +74,7 @@ def test_a_stopped_run_continues_to_the_bit(
         assert f"minillm pretrain --resume {run}" in talk
 
     again = [sys.executable, "-m", "minillm", "pretrain", "--resume", str(run)]
-    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    done = subprocess.run(again, capture_output=True, text=True, check=False, env=ENV)
     assert done.returncode == 0, done.stderr
     assert curve(run) == curve(whole)
     for name in (
@@ -96,7 +99,7 @@ def test_a_half_written_checkpoint_is_never_taken(
     (newest / "COMPLETE").unlink()
     (newest / "model.safetensors").write_bytes(b"half")
     again = [sys.executable, "-m", "minillm", "pretrain", "--resume", str(run)]
-    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    done = subprocess.run(again, capture_output=True, text=True, check=False, env=ENV)
     assert done.returncode == 0, done.stderr
     assert sha256_file(run / "final/model.safetensors") == sha256_file(
         whole / "final/model.safetensors"
@@ -108,7 +111,7 @@ def test_a_half_written_checkpoint_is_never_taken(
 )
 def test_resume_refuses_a_change_that_would_break_it(whole: Path, flag: str, says: str) -> None:
     again = [sys.executable, "-m", "minillm", "pretrain", "--resume", str(whole), flag]
-    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    done = subprocess.run(again, capture_output=True, text=True, check=False, env=ENV)
     assert done.returncode == 2
     assert says in done.stderr
     assert "hint:" in done.stderr
@@ -117,7 +120,11 @@ def test_resume_refuses_a_change_that_would_break_it(whole: Path, flag: str, say
 def test_run_toml_repeats_the_run(corpus: Path, whole: Path, tmp_path: Path) -> None:
     words = ["pretrain", "--config", str(whole / "run.toml"), "--out", str(tmp_path / "run")]
     done = subprocess.run(
-        [sys.executable, "-m", "minillm", *words], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "minillm", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENV,
     )
     assert done.returncode == 0, done.stderr
     assert curve(tmp_path / "run") == curve(whole)
