@@ -127,7 +127,7 @@ def named_os_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = human_bytes(shutil.disk_usage(_existing(path)).free)
+            free = human_bytes(free_bytes(path))
             raise SetupError(
                 f"the disk is full while writing `{path}` ({free} free)",
                 hint=f"free some space (`df -h {_existing(path)}`) and run the same command again",
@@ -148,13 +148,18 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def free_bytes(folder: Path) -> int:
+    """Return the free space of the disk that `folder` is on, or will be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
 def require_free_space(folder: Path, need_bytes: int, what: str) -> None:
     """Refuse to begin when `folder`'s disk cannot hold `need_bytes`.
 
     Raises:
         SetupError: Less than `need_bytes` are free.
     """
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_bytes(folder)
     if free < need_bytes:
         raise SetupError(
             f"{what} needs {human_bytes(need_bytes)} in `{folder}`, {human_bytes(free)} are free",

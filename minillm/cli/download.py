@@ -1,12 +1,14 @@
 """`minillm download`."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from minillm.cli.console import progress, say, show_table
 from minillm.cli.options import configured
-from minillm.files import human_bytes
+from minillm.files import free_bytes, human_bytes
 from minillm.settings import DownloadConfig
 
 if TYPE_CHECKING:
@@ -15,20 +17,22 @@ if TYPE_CHECKING:
 Sets = Annotated[
     list[str], typer.Argument(help="Numbers or names, e.g. `9` or `deepctrl-bin`; none: list them.")
 ]
+Flag = Annotated[list[str], typer.Option("--set", help="The same as a flag: `--set 4,5`.")]
 MAX_ROWS = 12
 
 
 @configured(DownloadConfig)
-def download(sets: Sets = [], *, cfg: DownloadConfig) -> None:  # noqa: B006
+def download(sets: Sets = [], chosen: Flag = [], *, cfg: DownloadConfig) -> None:  # noqa: B006
     """Fetch published data sets, verified, resumable, from ModelScope or Hugging Face."""
     from minillm.data.download import download as run
     from minillm.data.download import plan
 
+    cfg = replace(cfg, sets=(*cfg.sets, *chosen))
     if not cfg.sets:
         _show_catalog()
         return
     if cfg.dry_run:
-        _show_plans(plan(cfg, progress()))
+        _show_plans(plan(cfg, progress()), cfg.out)
         return
     try:
         reports = run(cfg, progress())
@@ -56,7 +60,7 @@ def _show_catalog() -> None:
     say("hint: `minillm download 9` fetches set 9, with `--dry-run` it only looks")
 
 
-def _show_plans(plans: "list[SetPlan]") -> None:
+def _show_plans(plans: "list[SetPlan]", out: Path) -> None:
     rows = []
     for item in plans:
         groups = [(file.remote.path, [file]) for file in item.files[:MAX_ROWS]]
@@ -68,4 +72,6 @@ def _show_plans(plans: "list[SetPlan]") -> None:
             sizes = map(human_bytes, (size, size - rest, rest))
             rows.append((item.published.name, title, *sizes))
     show_table("Dry run", ("set", "file", "size", "have", "will fetch"), rows)
-    say(f"total to fetch: {human_bytes(sum(item.fetch_bytes for item in plans))}")
+    fetch = human_bytes(sum(item.fetch_bytes for item in plans))
+    need = human_bytes(sum(item.disk_bytes for item in plans))
+    say(f"to fetch: {fetch}; on the disk: {need} needed, {human_bytes(free_bytes(out))} free")

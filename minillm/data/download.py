@@ -289,7 +289,7 @@ def _fetch_all(
             progress.advance(amount)
 
     def fetch_one(file: FilePlan) -> None:
-        _move_aside(file.target, item)
+        _move_aside(file, item)
         fetch(web, file.remote, file.part, file.target, headers, advance)
         with one_at_a_time:
             item.ledger.add(file.remote.path, file.target, file.remote.digest)
@@ -304,14 +304,14 @@ def _fetch_all(
             raise
 
 
-def _move_aside(target: Path, item: SetPlan) -> None:
+def _move_aside(file: FilePlan, item: SetPlan) -> None:
     """Keep a file that we put there once and that has changed since: it may be the user's now."""
-    if target.exists():
-        kept = item.state / "replaced" / target.name
+    if file.target.exists():
+        kept = inside(item.state / "replaced", file.remote.path)
         with named_os_errors(kept):
-            kept.parent.mkdir(exist_ok=True)
-            target.replace(kept)
-        logger.warning("`%s` was not as downloaded; it is now `%s`", target, kept)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            file.target.replace(kept)
+        logger.warning("`%s` was not as downloaded; it is now `%s`", file.target, kept)
 
 
 def _unpack(item: SetPlan, progress: Progress) -> None:
