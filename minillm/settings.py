@@ -22,7 +22,10 @@ def check_positive(config: object, *names: str) -> None:
         value = getattr(config, name)
         if value <= 0:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"`{flag}` must be positive, got {value}", hint=f"try `{flag} 1`")
+            raise ConfigError(
+                f"`{flag}` must be positive, got {value}",
+                hint=f"leave `{flag}` out for its default, or give a value above 0",
+            )
 
 
 def check_range(config: object, name: str, low: float, high: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from minillm.data.surface import Frame
 
 FOLDER = Path(__file__).parent / "everyday"
-FORMS = 8
+FORMS = 10
 """Dialogues made of each block; of each pair of a pattern, as many as it has ways to ask."""
 
 FRAMES = {

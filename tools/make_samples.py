@@ -45,7 +45,7 @@ COMMON = {"law": 5000, "sanguo": 6000, "idiom": 3000, "dict": 3000, "poem_ci": 3
 """Keep lines written in the N commonest characters (counted over law, dict, sanguo, idiom)."""
 COMMON_DEFAULT = 2800
 
-DIALOGUES = {"doorcore": 700, "idiom": 350, "poem": 120, "xiehouyu": 150, "law": 80}
+DIALOGUES = {"doorcore": 300, "idiom": 200, "poem": 80, "xiehouyu": 100, "law": 50}
 """How many question-answer pairs to keep of each source."""
 
 GENERAL = (
@@ -63,7 +63,7 @@ UNWANTED = re.compile(
     r"[A-Za-z]|补充|[你我您]|尸|鬼|党|药|治|屠杀|艾滋|香港|澳门|台湾|毒品|性病|大模型|豆包|机器人"
 )
 RUDE = re.compile(
-    r"[屁尿屎妓嫖娼奸瞎聋哑瘸麻秃尼僧鬼死尸婆媳寡娘妇妻妾裤奶胎傻贼棺坟骂打杀]|和尚|太监|道士"
+    r"[屁尿屎妓嫖娼奸瞎聋哑瘸麻秃尼僧鬼死尸婆媳寡娘妇妻妾裤奶胎傻贼棺坟骂打杀]|和尚|太监|道士|跳井|上吊|舍命"
 )
 """Never in what the model says: themes to leave out, and the coarse side of folk sayings."""
 

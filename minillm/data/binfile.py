@@ -154,23 +154,24 @@ class BinWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:  # the last write may fail like any other
             self._flush()
             manifest_path(self.path).unlink(missing_ok=True)  # must not vouch for the new file
-        self._stack.__exit__(kind, error, trace)
-        if kind is None:
-            self.manifest = Manifest(
-                dtype=self._facts.dtype,
-                vocab_size=self._facts.vocab_size,
-                tokenizer_sha256=self._facts.sha256,
-                separator_id=self._facts.separator_id,
-                num_tokens=self._num_tokens,
-                num_documents=self._num_documents,
-                text_bytes=self._text_bytes,
-                sha256=self._hash.hexdigest(),
-                sources=self._sources,
-            )
-            self.manifest.write(manifest_path(self.path))
+        self.manifest = Manifest(
+            dtype=self._facts.dtype,
+            vocab_size=self._facts.vocab_size,
+            tokenizer_sha256=self._facts.sha256,
+            separator_id=self._facts.separator_id,
+            num_tokens=self._num_tokens,
+            num_documents=self._num_documents,
+            text_bytes=self._text_bytes,
+            sha256=self._hash.hexdigest(),
+            sources=self._sources,
+        )
+        self.manifest.write(manifest_path(self.path))
 
     def append(self, ids: Ids, text_bytes: int) -> None:
         """Add one document; the separator is put after it.

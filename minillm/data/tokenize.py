@@ -1,6 +1,6 @@
 """Documents to token files: many processes, the same bytes whatever their number, resumable.
 
-The main process reads the documents in order and deals them out in shards of about 8 MB of text.
+The main process reads the documents in order and deals them out in shards of about 4 MB of text.
 A worker encodes a shard and writes it, whole or not at all, to `NAME.bin.work/`. When all shards
 of a token file are there, they are merged in order and the work folder goes. A run that was killed
 finds its shards again, as long as the inputs' contents and the tokenizer are the same. Text that
@@ -39,7 +39,7 @@ from minillm.files import folder_lock, sha256_file, write_text
 from minillm.log import Progress, Silent, logger, task
 from minillm.settings import TokenizeConfig
 
-_SHARD_CHARS = 4_000_000  # about 8 MB of mixed text, two seconds of work
+_SHARD_CHARS = 2_000_000  # about 4 MB of mixed text, a second or two of work
 _BATCH_DOCUMENTS = 256
 _QUEUE_PER_WORKER = 2
 _WORKER_BYTES = 4_000_000  # a worker takes seconds to start: not for less input than this
@@ -158,6 +158,7 @@ class _Maker:
             waiting: deque[_Pending] = deque()
             for job, made_from in todo:
                 lock = locks.enter_context(contextlib.ExitStack())
+                lock.enter_context(_folder_if_used(job.work))
                 lock.enter_context(folder_lock(job.work))
                 _prepare_work(job, made_from)
                 last = _Pending(job, made_from, lock=lock)
@@ -228,6 +229,16 @@ class _Pending:
     future: "Future[None] | None" = None
     read_bytes: float = 0.0
     lock: contextlib.ExitStack | None = None
+
+
+@contextlib.contextmanager
+def _folder_if_used(work: Path) -> Iterator[None]:
+    """Remove a job's folder after the block unless it holds a shard to go on with."""
+    try:
+        yield
+    finally:
+        if not any(_is_whole(shard) for shard in work.glob("shard-*.bin")):
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def encode_shard(folder: Path, facts: TokenizerFacts, texts: list[str], out: Path) -> None:

@@ -4,6 +4,7 @@ The small, readable path: one sequence, any causal LM of transformers, one gener
 (the caller locks). Greedy decoding gives the tokens of transformers' `generate`.
 """
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,10 @@ from minillm.models.sampling import Sampler, SamplingParams
 from minillm.models.text_stream import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+# private-use characters around the number of a content that is encoded apart
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_SHIELD = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +90,43 @@ class Generator:
                 "the tokenizer has no chat template",
                 hint="fine-tune it first: `minillm sft`, or complete plain text instead",
             )
+        contents: list[str] = []
         try:
-            ids: Any = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+            text: Any = self.tokenizer.apply_chat_template(
+                [self._shield(message, contents) for message in messages],
                 add_generation_prompt=True,
-                return_dict=False,
+                tokenize=False,
                 enable_think=enable_think,
             )
         except (TemplateError, TypeError, KeyError) as err:
             raise InputError(f"the chat template refuses these messages: {err}") from err
-        return list(ids)
+        ids: list[int] = []
+        # odd pieces are numbers of shielded contents, see `_shield`
+        for number, piece in enumerate(_SHIELD.split(text)):
+            is_content = number % 2 == 1
+            ids += self.tokenizer(
+                contents[int(piece)] if is_content else piece,
+                add_special_tokens=False,
+                split_special_tokens=is_content,
+            )["input_ids"]
+        return ids
+
+    def _shield(self, message: Mapping[str, str], contents: list[str]) -> dict[str, str]:
+        """Take a content that spells a control token out of the text, so that it stays text.
+
+        What a user types must not end a turn or begin another. Ordinary contents pass as they
+        are: their ids are those of the template's whole text, as in training.
+        """
+        content = message.get("content")
+        if not isinstance(content, str):
+            return dict(message)
+        controls = (token.content for token in self.tokenizer.added_tokens_decoder.values())
+        # the `<think>` part of an answer is the template's to read
+        is_spelled = message.get("role") != "assistant" and any(c in content for c in controls)
+        if not is_spelled and _OPEN not in content:
+            return dict(message)
+        contents.append(content)
+        return {**message, "content": f"{_OPEN}{len(contents) - 1}{_CLOSE}"}
 
     def stream(
         self,

@@ -64,8 +64,8 @@ class MiniLlama3Config(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    # Llama 3 has 500,000 for contexts of 8,192 and more. At 2,048 the slowest pair of the usual
-    # 10,000 already turns by a seventh of a circle only, so nothing aliases.
+    # Llama 3 has 500,000, for contexts of 8,192 and more. With the usual 10,000 the slowest pair
+    # turns by a twentieth of a circle over 2,048 positions, so no two look alike
     default_theta = 10_000.0
 
     vocab_size: int = 32_004
@@ -101,17 +101,16 @@ class MiniLlama3Config(PreTrainedConfig):
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     def validate_architecture(self) -> None:
-        """Check what must divide what; called by `strict`."""
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % (self.num_key_value_heads or 1):
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+        """Refuse shapes that cannot be built; called by `strict`."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads or 1
+        for name, whole, part in (
+            ("hidden_size", self.hidden_size, heads),
+            ("num_attention_heads", heads, kv_heads),
+        ):
+            if whole % part:
+                raise ValueError(f"{name} {whole} is not a multiple of {part}")
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act must be `silu`, not `{self.hidden_act}`")
 
 
 class MiniLlama3MLP(nn.Module):

@@ -80,7 +80,7 @@ def test_a_real_process_speaks_plainly_on_stderr_only() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "error: `--lr` must be positive, got -1.0",
-        "hint: try `--lr 1`",
+        "hint: leave `--lr` out for its default, or give a value above 0",
     ]
 
 

@@ -14,7 +14,7 @@ def test_it_works_bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0, result.output
     assert (tmp_path / "data" / "sft.parquet").is_file()
     assert "dropped, too long" in result.output
-    assert "everyday 3,406" in result.output
+    assert "everyday 4,023" in result.output
 
 
 def test_dropped_dialogues_come_with_a_hint(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from minillm.data.binfile import BinWriter, Manifest, TokenFile, TokenizerFacts, manifest_path
 from minillm.data.tokenizer import fingerprint, plain_encoder
-from minillm.errors import InputError
+from minillm.errors import InputError, SetupError
 
 FACTS = TokenizerFacts(vocab_size=300, sha256="f" * 64, separator_id=1)
 WIDE = TokenizerFacts(vocab_size=70_000, sha256="f" * 64, separator_id=1)
@@ -88,6 +89,18 @@ def test_writer_refuses_ids_outside_the_vocabulary(tmp_path: Path, ids: list[int
     with pytest.raises(InputError, match="300"), BinWriter(tmp_path / "a.bin", FACTS) as writer:
         writer.append(ids, 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_at_the_end_is_named(tmp_path: Path) -> None:
+    writer = BinWriter(tmp_path / "a.bin", TokenizerFacts(vocab_size=9, sha256="x", separator_id=1))
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SetupError, match=r"disk is full while writing .*a\.bin"), writer:
+        writer.append([2, 3], 2)
+        writer._flush = full
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_file_is_an_input_error(tmp_path: Path) -> None:

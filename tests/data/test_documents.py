@@ -155,6 +155,17 @@ def test_a_damaged_file_is_named(
         read(tmp_path)
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_a_compressed_file_that_ends_too_early_is_an_input_error(
+    tmp_path: Path, compress: Callable[[bytes], bytes], make_texts: MakeTexts
+) -> None:
+    ending = "gz" if compress is gzip.compress else "zst"
+    whole = compress("\n".join(make_texts(500)).encode())
+    (tmp_path / f"a.txt.{ending}").write_bytes(whole[:-20])
+    with pytest.raises(InputError, match="cannot be read"):
+        read(tmp_path)
+
+
 def test_a_parquet_page_damaged_in_the_middle_is_an_input_error(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, [f"{i} 你好" * 50 for i in range(300)])

@@ -17,7 +17,7 @@ ROWS = pq.read_table(CORPUS).to_pylist()
 DIALOGUES = list(read_file(paths.BUNDLED_DIALOGUES))
 ATTRIBUTION = (SAMPLES / "LICENSES" / "ATTRIBUTION.md").read_text("utf-8")
 OTHERS = re.compile(
-    r"chatgpt|openai|gpt-?\d|claude|gemini|deepseek|kimi|siri|copilot|豆包|文心|通义|小冰|小爱|元宝|"
+    r"chatgpt|openai|gpt-?\d|claude|gemini|deepseek|kimi|siri|copilot|豆包|文心|通义|小冰|小爱|"
     r"doorcore|知识库|我是.{0,12}(?:模型|助手|机器人)|\bI am (?:a|an) ",
     re.IGNORECASE,
 )
@@ -68,6 +68,11 @@ def test_attribution_tells_the_size_of_each_part_of_the_corpus() -> None:
     counts = Counter(row["source"] for row in ROWS)
     for source, count in counts.items():
         assert re.search(rf"`{source}`[^\n]*\| {count:,} documents", ATTRIBUTION), source
+
+
+def test_attribution_tells_the_number_of_dialogues_of_each_source() -> None:
+    for source, count in Counter(dialogue.source for dialogue in DIALOGUES).items():
+        assert re.search(rf"`{source}`[^\n]*\| {count:,} \|", ATTRIBUTION), source
 
 
 def test_dialogues_never_speak_for_another_assistant() -> None:
