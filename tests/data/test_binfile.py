@@ -97,9 +97,11 @@ def test_a_disk_that_fills_up_at_the_end_is_named(tmp_path: Path) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(SetupError, match=r"disk is full while writing .*a\.bin"), writer:
-        writer.append([2, 3], 2)
-        writer._flush = full
+    writer.__enter__()
+    writer.append([2, 3], 2)
+    writer._flush = full  # type: ignore[method-assign]
+    with pytest.raises(SetupError, match=r"disk is full while writing .*a\.bin"):
+        writer.__exit__(None, None, None)
     assert list(tmp_path.iterdir()) == []
 
 
