@@ -282,6 +282,10 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     try:
         yield pool
     finally:
+        if getattr(pool, "_broken", False):
+            # before Python 3.11.5 the pool of a dead worker waits for ever for a thread that is
+            # writing to a full pipe which nobody reads any more (CPython issue 94777)
+            pool._call_queue._reader.close()  # type: ignore[attr-defined]
         pool.shutdown(wait=True, cancel_futures=True)
 
 

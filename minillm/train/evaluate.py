@@ -30,9 +30,7 @@ def evaluate(job: Job) -> dict[str, float]:
         if num_valid == 0:
             continue
         with job.autocast():
-            loss = job.model(
-                **job.tensors(rows), num_items_in_batch=num_valid, use_cache=False
-            ).loss
+            loss = job.model(**job.tensors(rows), **job.loss_options(num_valid)).loss
         nats += float(loss) * num_valid
         tokens += num_valid
         text_bytes += int(job.byte_lengths[rows.shift_labels[valid]].sum())

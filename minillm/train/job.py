@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minillm.data.windows import Rows
+from minillm.models.base import MiniPreTrainedModel
 from minillm.settings import BatchConfig, OptimConfig, ReportConfig
 
 CPU_MICRO_TOKENS = 4_096
@@ -85,10 +86,19 @@ class Job:
         arrays: dict[str, Any] = {"input_ids": rows.input_ids, "shift_labels": rows.shift_labels}
         if rows.position_ids is not None:
             arrays["position_ids"] = rows.position_ids
-        return {
+        tensors = {
             name: torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
             for name, array in arrays.items()
         }
+        # official classes compute a loss only when `labels` are there, but prefer the shifted ones
+        return tensors | {"labels": tensors["shift_labels"]}
+
+    def loss_options(self, num_labels: int) -> dict[str, Any]:
+        """Return the model's other arguments: a mean over `num_labels`, no logits stored."""
+        options: dict[str, Any] = {"num_items_in_batch": max(1, num_labels), "use_cache": False}
+        if isinstance(self.model, MiniPreTrainedModel):
+            options["skip_logits"] = True
+        return options
 
     def autocast(self) -> torch.autocast:
         """Compute in `dtype`; weights and optimizer stay fp32."""

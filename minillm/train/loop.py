@@ -152,9 +152,7 @@ class _Loop:
                 self.clear_gradients()
                 return False
             with job.autocast():
-                output = self.forward(
-                    **job.tensors(rows), num_items_in_batch=max(1, num_labels), use_cache=False
-                )
+                output = self.forward(**job.tensors(rows), **job.loss_options(num_labels))
             output.loss.backward()  # type: ignore[attr-defined]
             loss += output.loss.detach()  # type: ignore[attr-defined]
 

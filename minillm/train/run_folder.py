@@ -19,7 +19,7 @@ from minillm.errors import ConfigError, InputError
 from minillm.files import named_os_errors
 
 # what may change when a run continues: none of it touches the numbers of a step
-_FREE = {"device", "compile", "activation_checkpointing", "precision"}
+_FREE = {"device", "compile", "activation_checkpointing"}
 _FREE_SECTIONS = {"report"}
 
 

@@ -16,6 +16,7 @@ from minillm.log import Silent
 from minillm.models import registry
 from minillm.models.load import load_model
 from minillm.settings import BatchConfig, PrepareSftConfig, ReportConfig, SftConfig
+from minillm.train.metrics import read_metrics
 from minillm.train.sft import SftSource, sft
 
 
@@ -122,6 +123,24 @@ def test_packed_padding_does_not_change_the_loss(
         return float(output.loss)
 
     assert loss(0) == pytest.approx(loss(9), abs=1e-5)
+
+
+def test_an_official_llama_is_fine_tuned_too(
+    corpus: Path, dialogues: Path, base_model: Path, tmp_path: Path
+) -> None:
+    model, _ = load_model(base_model)
+    folder = tmp_path / "llama"
+    model.export_official().save_pretrained(folder)
+    for file in (corpus / "tokenizer").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    batch = BatchConfig(batch_tokens=256, sequence_length=128, device="cpu", precision="fp32")
+    report = ReportConfig(log_every=1, sample_tokens=0)
+    losses = []
+    for source in (folder, base_model):
+        cfg = SftConfig(model=source, data=dialogues, steps=3, batch=batch, report=report)
+        run, _ = sft(cfg, Silent(), out=tmp_path / f"run-{source.name}")
+        losses.append([row["loss"] for row in read_metrics(run)])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
 def test_sft_trains_and_leaves_a_model_that_loads(
