@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 IGNORE = -100
 """Label of a position that has no loss, as everywhere in PyTorch."""
 
-BLOCK_BYTES = 16 * 2**20
-"""Size of a block of logits on a CPU: about what a core's share of the last-level cache holds."""
+BLOCK_BYTES = 8 * 2**20
+"""Size of a block of logits on a CPU, which should stay in the last-level cache."""
 
 GPU_BLOCK_BYTES = 2**30
 """On a GPU a block must be large enough to fill the device."""
@@ -109,7 +109,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dx_CD = dx_ND[start : start + block]
                 torch.mm(d_CV, w_VD, out=dx_CD).mul_(valid_C1)
             if dw_VD is not None:
-                dw_VD += d_CV.T @ (x_CD * valid_C1)
+                if d_CV.dtype == dw_VD.dtype:  # in place: no second table of gradients per block
+                    dw_VD.addmm_(d_CV.T, x_CD * valid_C1)
+                else:
+                    dw_VD += d_CV.T @ (x_CD * valid_C1)
         ctx.save_for_backward(dx_ND, dw_VD)
         return total
 
@@ -123,5 +126,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _block_rows(x_ND: Tensor, vocab_size: int) -> int:
-    size_bytes = BLOCK_BYTES if x_ND.device.type == "cpu" else GPU_BLOCK_BYTES
-    return max(64, size_bytes // (4 * vocab_size))
+    if x_ND.device.type != "cpu":
+        return max(64, GPU_BLOCK_BYTES // (4 * vocab_size))
+    # every block also reads and writes the (V, D) gradient table once: with fewer than D rows
+    # that would move more bytes than the logits themselves
+    return max(x_ND.shape[1], BLOCK_BYTES // (4 * vocab_size))

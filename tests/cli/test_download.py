@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def test_ctrl_c_keeps_what_has_arrived(hub: LoopbackHub, tmp_path: Path) -> None
     out = tmp_path / "data"
     part = out / ".downloads/deepctrl-jsonl/parts/sft_data_zh.jsonl.part"
     command = [sys.executable, "-m", "minillm", "download", "6", "--out", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # a script's background job ignores SIGINT, and so would the command
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         deadline = time.monotonic() + 30
         while not (part.exists() and part.stat().st_size > SLOW_CHUNK):
             assert time.monotonic() < deadline, "no bytes arrived"

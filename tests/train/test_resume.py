@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,10 @@ def command(corpus: Path, run: Path) -> list[str]:
 
 
 def start(words: list[str]) -> "subprocess.Popen[str]":
+    # a script's background job ignores SIGINT, and so would the command
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, preexec_fn=heed
     )
 
 
