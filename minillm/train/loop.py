@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from rich.cells import chop_cells
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers.utils import logging as hf_logging
@@ -225,7 +226,7 @@ class _Loop:
             )
         for number, (prompt, text) in enumerate(write_samples(self.job) if state.step else []):
             self.log.write_text(f"sample/{number}", state.step, f"{prompt} → {text}")
-            self.progress.line(f"  {one_line(prompt)} → {one_line(text)}")
+            self.progress.line(sample_line(prompt, text))
         self.timer += time.perf_counter() - paused  # speed is that of training alone
 
     def save(self) -> None:
@@ -237,6 +238,10 @@ class _Loop:
         self.timer += time.perf_counter() - paused
 
 
-def one_line(text: str) -> str:
-    """Replace line breaks by a visible sign."""
-    return text.replace("\n", "⏎")
+def sample_line(prompt: str, text: str) -> str:
+    """Return the end of a prompt and the beginning of what follows, within 80 columns."""
+    prompt = prompt.removeprefix("user\n").removesuffix("\nassistant\n").replace("\n", "⏎")
+    tail = chop_cells(prompt[::-1], 28)[0][::-1] if prompt else ""
+    cut = "…" if tail != prompt else ""
+    head, *rest = chop_cells(text.replace("\n", "⏎"), 43) or [""]
+    return f"  {cut}{tail} → {head}{'…' if rest else ''}"
