@@ -1,0 +1,159 @@
+"""The experts of a mixture (Shazeer et al. 2017): many small SwiGLU layers, a few for each token.
+
+Rows are sorted by expert, so that each expert multiplies one contiguous block; `grouped_mm` does
+all blocks in one call, and sums over a token's experts run in a fixed order. No loop over experts
+and no device-to-host copy: shapes depend on the number of tokens only, so that
+`torch.compile(fullgraph=True)` takes it. The price is a copy of every row for each of its experts.
+
+N tokens · K experts of a token · M = N * K rows · E experts · D model · F feed-forward
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GATHER_ROWS = 32
+"""Up to this many rows the GPU multiplies each by its own copy of the weights: decoding."""
+
+
+class Experts(nn.Module):
+    """`sum over k of weight[n, k] * expert[index[n, k]](x[n])`, with packed weights."""
+
+    def __init__(self, num_experts: int, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * inner_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, inner_size))
+
+    def forward(self, x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
+        """Map `(N, D)` to `(N, D)`."""
+        num_per_token = index_NK.shape[1]
+        expert_M = index_NK.flatten()
+        if x_ND.is_cuda and len(expert_M) <= GATHER_ROWS and not torch.is_grad_enabled():
+            x_MD = x_ND.repeat_interleave(num_per_token, dim=0)
+            h_MF = swiglu(_row_mm(x_MD, self.gate_up_proj, expert_M))
+            y_NKD = _row_mm(h_MF, self.down_proj, expert_M).unflatten(0, (-1, num_per_token))
+            return self._mix(y_NKD, weight_NK, x_ND)
+
+        # 1. rows in the order of their experts; `place` is where each row went
+        sorted_M, order_M = expert_M.sort(stable=True)
+        rows_M = torch.arange(len(order_M), device=order_M.device)
+        place_M = torch.empty_like(order_M).scatter(0, order_M, rows_M)
+        experts_E = torch.arange(self.num_experts, device=order_M.device)
+        ends_E = torch.searchsorted(sorted_M, experts_E, right=True, out_int32=True)
+
+        # 2. every expert on its block
+        x_MD = _TakeRows.apply(x_ND, order_M // num_per_token, place_M, num_per_token)  # type: ignore[no-untyped-call]
+        h_MF = swiglu(grouped_mm(x_MD, self.gate_up_proj, ends_E))
+        y_MD = grouped_mm(h_MF, self.down_proj, ends_E)
+
+        # 3. back in the order of the tokens
+        y_MD = _TakeRows.apply(y_MD, place_M, order_M, 1)  # type: ignore[no-untyped-call]
+        return self._mix(y_MD.unflatten(0, (-1, num_per_token)), weight_NK, x_ND)
+
+    def _mix(self, y_NKD: Tensor, weight_NK: Tensor, x_ND: Tensor) -> Tensor:
+        # router weights are fp32, and so is the sum
+        return (y_NKD * weight_NK.unsqueeze(-1)).sum(1).to(x_ND.dtype)
+
+    def extra_repr(self) -> str:
+        """Show the shape when printed."""
+        size, inner = self.down_proj.shape[1:]
+        return f"{self.num_experts} x ({size} -> {inner} -> {size})"
+
+
+def swiglu(h_M2F: Tensor) -> Tensor:
+    """silu(first half) * second half."""
+    gate_MF, up_MF = h_M2F.chunk(2, dim=-1)
+    return F.silu(gate_MF) * up_MF
+
+
+def grouped_mm(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply rows `ends[e - 1]` to `ends[e]` of `x` by `weight[e].T`, for every expert e.
+
+    PyTorch's own operation needs rows of whole 16 bytes, and its compiler knows it in bf16 only;
+    elsewhere a custom operation does the same.
+    """
+    device = x_MD.device.type
+    if torch.is_autocast_enabled(device):  # which does not know grouped_mm either
+        dtype = torch.get_autocast_dtype(device)
+        x_MD, weight_EFD = x_MD.to(dtype), weight_EFD.to(dtype)
+    x_MD = x_MD.to(weight_EFD.dtype)
+    is_known = x_MD.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
+    if is_known and all(n * x_MD.element_size() % 16 == 0 for n in weight_EFD.shape[1:]):
+        return F.grouped_mm(x_MD, weight_EFD.mT, offs=ends_E)
+    y_MF: Tensor = _grouped_mm(x_MD, weight_EFD, ends_E)
+    return y_MF
+
+
+def _row_mm(x_MD: Tensor, weight_EFD: Tensor, expert_M: Tensor) -> Tensor:
+    """Multiply each row by the weights of its expert."""
+    return torch.bmm(weight_EFD[expert_M], x_MD.unsqueeze(-1).to(weight_EFD.dtype)).squeeze(-1)
+
+
+class _TakeRows(torch.autograd.Function):
+    """`x[index]`, where every row is taken `times` times; the gradient is a gather and a sum.
+
+    Indexing's own gradient adds rows in no fixed order on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, index_M: Tensor, place_M: Tensor, times: int) -> Tensor:
+        """Return row `index[m]` as row m; `place` says where the copies of each row went."""
+        ctx.save_for_backward(place_M)
+        ctx.times = times
+        return x_ND.index_select(0, index_M)
+
+    @staticmethod
+    def backward(ctx: Any, g_MD: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the sum of the gradients of each row's copies."""
+        (place_M,) = ctx.saved_tensors
+        g_MD = g_MD.index_select(0, place_M)
+        return g_MD.unflatten(0, (-1, ctx.times)).sum(1), None, None, None
+
+
+def _blocks(ends_E: Tensor) -> list[tuple[int, int]]:
+    ends = ends_E.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+@torch.library.custom_op("minillm::grouped_mm", mutates_args=())
+def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    y_MF = x.new_empty(x.shape[0], weight.shape[1])
+    for (start, end), weight_FD in zip(_blocks(ends), weight, strict=True):
+        torch.mm(x[start:end], weight_FD.T, out=y_MF[start:end])
+    return y_MF
+
+
+@_grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("minillm::grouped_mm_backward", mutates_args=())
+def _grouped_mm_backward(
+    g: Tensor, x: Tensor, weight: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx_MD, dw_EFD = torch.empty_like(x), torch.empty_like(weight)
+    for e, (start, end) in enumerate(_blocks(ends)):
+        torch.mm(g[start:end], weight[e], out=dx_MD[start:end])
+        torch.mm(g[start:end].T, x[start:end], out=dw_EFD[e])  # zero where there are no rows
+    return dx_MD, dw_EFD
+
+
+@_grouped_mm_backward.register_fake
+def _(g: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+    dx_MD, dw_EFD = _grouped_mm_backward(g.contiguous(), *ctx.saved_tensors)
+    return dx_MD, dw_EFD, None
+
+
+_grouped_mm.register_autograd(_differentiate, setup_context=_keep)
