@@ -9,12 +9,14 @@ import copy
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from minillm.models.cache import ReservedLayer
+from minillm.models.moe import Experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,12 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
     head = model.get_output_embeddings()
     is_tied = head is not None and head.weight is _table(model)
     multiplied = count.active - (0 if is_tied else count.embedding)
-    heads: int = config.num_attention_heads
-    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
-    attention: int = config.num_hidden_layers * heads * head_dim * seq_len
-    return 6.0 * multiplied + 12.0 * attention
+    width: int | None = getattr(model, "attention_width", None)
+    if width is None:
+        heads: int = config.num_attention_heads
+        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width = config.num_hidden_layers * heads * head_dim
+    return 6.0 * multiplied + 12.0 * width * seq_len
 
 
 def _table(model: PreTrainedModel) -> nn.Parameter:
@@ -72,6 +76,16 @@ class MiniPreTrainedModel(PreTrainedModel):
     official_type = ""
     """`model_type` of the architecture in transformers that this one equals."""
 
+    official_fields: dict[str, Any] = {}
+    """Config fields that both directions of conversion set, e.g. no layers that only ours has."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
+        if isinstance(module, Experts):
+            for weight in (module.gate_up_proj, module.down_proj):
+                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
+
     @property
     def num_idle_params(self) -> int:
         """Parameters that one token does not pass through: the experts not chosen."""
@@ -79,8 +93,33 @@ class MiniPreTrainedModel(PreTrainedModel):
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Named scalars of the last forward pass that a training loop may log; here none."""
+        """Named scalars of the last training step that a loop may log; here none."""
         return {}
+
+    @property
+    def attention_width(self) -> int | None:
+        """Heads * head size, summed over the layers whose cost grows with the sequence.
+
+        None: every layer, with `config.head_dim`. Sizes of keys and values may differ: their mean.
+        """
+        return None
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Heads, key size and value size of what a layer remembers of a token."""
+        config = self.config
+        return config.num_key_value_heads, config.head_dim, config.head_dim
+
+    def update_router_bias(self) -> None:
+        """Balance the experts; called once for each optimizer step, just before the optimizers.
+
+        Here there are none.
+        """
+
+    def official_state(self) -> dict[str, Tensor]:
+        """Return the weights that the official class has too, by name."""
+        state: dict[str, Tensor] = self.state_dict()
+        return state
 
     def param_count(self) -> ParamCount:
         """Count parameters."""
@@ -95,12 +134,16 @@ class MiniPreTrainedModel(PreTrainedModel):
 
         Memory for `max_len` tokens is reserved now; it grows if that is not enough.
         """
-        config = self.config
-        cache = Cache(layers=[ReservedLayer(max_len) for _ in range(config.num_hidden_layers)])
-        cache.early_initialization(
-            num_slots, config.num_key_value_heads, config.head_dim, self.dtype, self.device
-        )
-        return cache
+        heads, *sizes = self.cache_shape
+        layers = [ReservedLayer(max_len) for _ in range(self.config.num_hidden_layers)]
+        for layer in layers:
+            layer.lazy_initialization(
+                *(
+                    torch.empty(num_slots, heads, 0, size, dtype=self.dtype, device=self.device)
+                    for size in sizes
+                )
+            )
+        return Cache(layers=layers)
 
     def export_official(self) -> PreTrainedModel:
         """Return the official class with this model's weights (copied).
@@ -108,7 +151,8 @@ class MiniPreTrainedModel(PreTrainedModel):
         `model.export_official().save_pretrained(folder)` makes a folder for any tool that knows
         the official architecture.
         """
-        model: PreTrainedModel = _convert(self, official_config(self.config, self.official_type))
+        config = official_config(self.config, self.official_type, **self.official_fields)
+        model: PreTrainedModel = _convert(self, self.official_state(), config)
         return model
 
     @classmethod
@@ -126,24 +170,27 @@ class MiniPreTrainedModel(PreTrainedModel):
         config_class: Any = cls.config_class
         fields = official.config.to_dict() | {"model_type": config_class.model_type}
         fields.pop("architectures", None)
-        model: Self = _convert(official, config_class.from_dict(fields))
+        config = config_class.from_dict(fields | cls.official_fields)
+        model: Self = _convert(official, official.state_dict(), config)
         return model
 
 
-def official_config(config: PreTrainedConfig, official_type: str) -> PreTrainedConfig:
-    """Return the official config with the same fields."""
-    fields = config.to_dict()
+def official_config(
+    config: PreTrainedConfig, official_type: str, **overrides: Any
+) -> PreTrainedConfig:
+    """Return the official config with the same fields, but for `overrides`."""
+    fields = config.to_dict() | overrides
     for name in ("model_type", "architectures", "auto_map", "transformers_version"):
         fields.pop(name, None)
     made: PreTrainedConfig = AutoConfig.for_model(official_type, **fields)
     return made
 
 
-def _convert(source: PreTrainedModel, config: PreTrainedConfig) -> Any:
+def _convert(source: PreTrainedModel, state: dict[str, Tensor], config: PreTrainedConfig) -> Any:
     config._attn_implementation = source.config._attn_implementation
     with init.no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=source.dtype)
-    model.load_state_dict(source.state_dict())
+    model.load_state_dict(state)
     model.tie_weights()
     model.generation_config = copy.deepcopy(source.generation_config)
     return model.to(source.device).train(source.training)
