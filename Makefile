@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := bash
 
-.PHONY: help demo test check docs bench clean
+.PHONY: help demo test check suite docs bench clean
 
 help:
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 8
@@ -39,6 +39,11 @@ check: $(VENV)/.dev  ## format, lint, types, spelling
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+suite: $(VENV)/.dev  ## transformers' own model tests, and TRL, PEFT, Trainer, lm-eval (downloads)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eco]'
+	$(BIN)/python tools/transformers_suite/run.py $(ARGS)
+	$(BIN)/python -m pytest -m eco
 
 docs: $(VENV)/.dev  ## write docs/cli.md anew from every --help
 	$(BIN)/python tools/make_cli_docs.py

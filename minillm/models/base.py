@@ -6,6 +6,7 @@ way to the official class and back.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from minillm.models.cache import ReservedLayer
 from minillm.models.moe import Experts
+from minillm.models.peft import register_lora_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,13 @@ class MiniPreTrainedModel(PreTrainedModel):
 
     official_type = ""
     """`model_type` of the architecture in transformers that this one equals."""
+
+    lora_targets: Sequence[str] = ("q_proj", "v_proj")
+    """Modules that LoRA adapts when the user names none."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        register_lora_targets(config.model_type, self.lora_targets)
 
     official_fields: dict[str, Any] = {}
     """Config fields that both directions of conversion set, e.g. no layers that only ours has."""
@@ -135,7 +144,7 @@ class MiniPreTrainedModel(PreTrainedModel):
         Memory for `max_len` tokens is reserved now; it grows if that is not enough.
         """
         heads, *sizes = self.cache_shape
-        layers = [ReservedLayer(max_len) for _ in range(self.config.num_hidden_layers)]
+        layers: list[Any] = [ReservedLayer(max_len) for _ in range(self.config.num_hidden_layers)]
         for layer in layers:
             layer.lazy_initialization(
                 *(

@@ -1,0 +1,1 @@
+"""transformers' own model tests, run against the architectures of minillm."""
