@@ -13,6 +13,7 @@ from minillm.cli.console import err as console
 from minillm.cli.demo import demo
 from minillm.cli.download import download
 from minillm.cli.merge_bin import merge_bin
+from minillm.cli.models import models
 from minillm.cli.prepare_sft import prepare_sft
 from minillm.cli.prepare_tokenizer import prepare_tokenizer
 from minillm.cli.pretrain import pretrain
@@ -20,6 +21,7 @@ from minillm.cli.serve import serve
 from minillm.cli.sft import sft
 from minillm.cli.tokenize import tokenize
 from minillm.cli.train_tokenizer import train_tokenizer
+from minillm.cli.verify import verify
 from minillm.errors import MinillmError
 
 
@@ -86,6 +88,8 @@ app.command("prepare-tokenizer")(prepare_tokenizer)
 app.command("train-tokenizer")(train_tokenizer)
 app.command("tokenize")(tokenize)
 app.command("merge-bin")(merge_bin)
+app.add_typer(models, name="models")
+app.command()(verify)
 app.command()(pretrain)
 app.command("prepare-sft")(prepare_sft)
 app.command()(sft)

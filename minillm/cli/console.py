@@ -38,6 +38,20 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     out.print(table)
 
 
+def result_table(*columns: str, left: Sequence[str] = ()) -> Table:
+    """Return an empty table: with lines on a terminal, aligned columns where stdout is piped.
+
+    The first column and those in `left` go left, the others right.
+    """
+    table = Table(header_style="bold", pad_edge=out.is_terminal, collapse_padding=True)
+    if not out.is_terminal:
+        table.box = None
+    for name in columns:
+        is_left = name in (columns[0], *left)
+        table.add_column(name, justify="left" if is_left else "right", overflow="fold")
+    return table
+
+
 def show_facts(title: str, facts: Mapping[str, object]) -> None:
     """Print names and values on stdout."""
     table = Table(title=title, title_justify="left", show_header=False)
