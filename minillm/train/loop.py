@@ -22,7 +22,7 @@ from minillm.device import peak_flops, peak_memory_bytes
 from minillm.errors import RunError
 from minillm.files import human_count
 from minillm.log import Progress, task
-from minillm.models.base import flops_per_token
+from minillm.models.base import MiniPreTrainedModel, flops_per_token
 from minillm.train.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
@@ -166,6 +166,8 @@ class _Loop:
                 f"{job.run / 'run.toml'} --lr {job.optim.lr / 2:g} "
                 f"--muon-lr {job.optim.muon_lr / 2:g}`",
             )
+        if isinstance(job.model, MiniPreTrainedModel):
+            job.model.update_router_bias()
         set_lr(self.optimizers, lr_share(state.step, job.total_steps, job.optim))
         for optimizer in self.optimizers:
             optimizer.step()
@@ -203,6 +205,8 @@ class _Loop:
             "tokens_per_s": rate,
             "memory_bytes": peak_memory_bytes(job.device),
         }
+        if isinstance(job.model, MiniPreTrainedModel):
+            values |= {name: float(value) for name, value in job.model.metrics.items()}
         if self.peak:
             values["mfu"] = rate * self.flops / self.peak
         self.log.write("train", state.step, values)

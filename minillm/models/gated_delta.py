@@ -1,0 +1,267 @@
+"""The gated delta rule (Yang et al. 2025, eq. 10), and the short convolution before it.
+
+Each head keeps a matrix S that maps keys to values. A token first fades it, then corrects what S
+has at the token's key towards the token's value, then reads at its query:
+
+    S <- exp(g) S;   S <- S + k (beta (v - k^T S))^T;   out = q^T S / sqrt(K)
+
+Decoding does just this. For many tokens at once the chunk form (Yang et al. 2024, section 3)
+turns all corrections inside a chunk into one triangular system, so that almost all work is
+matrix products; only S itself is handed from chunk to chunk. All of it is fp32, as S forgets
+slowly and sums of bf16 would not.
+
+Documents in one row: given segment ids, a token sees nothing of another segment, in the
+convolution or in S. That is a mask on factors that are there anyway: shapes stay the same for
+any documents.
+
+B batch · T positions · G key heads · H = G * R value heads · K key size · V value size
+N chunks · C positions of a chunk · D channels · W width of the convolution
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+RESET = -60.0
+"""Log decay that forgets: exp(-60) is below the rounding of any sum."""
+
+
+def segment_ids(position_ids_BT: Tensor) -> Tensor:
+    """Return the number of each token's document; one begins where positions do not go on."""
+    is_start = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
+    return F.pad(is_start.cumsum(1), (1, 0))
+
+
+def positions_from_lengths(cu_seq_lens: Tensor, num_rows: int, length: int) -> Tensor:
+    """Return `(rows, length)` positions that restart at each of the cumulative lengths.
+
+    They count over all rows, as attention kernels have it: `[0, 3, 8]` is 3 tokens and 5.
+    """
+    at = torch.arange(num_rows * length, device=cu_seq_lens.device)
+    document = torch.searchsorted(cu_seq_lens, at.to(cu_seq_lens.dtype), right=True) - 1
+    return (at - cu_seq_lens[document]).view(num_rows, length)
+
+
+def short_conv(
+    x_BTD: Tensor, weight_DW: Tensor, segment_BT: Tensor | None = None, num_past: int = 0
+) -> Tensor:
+    """Weigh each channel's last W values: `out[t] = sum over w of weight[W-1-w] x[t-w]`.
+
+    A sum of shifted products: on a CPU several times faster than a depthwise `conv1d`, and a
+    mask on each shift keeps documents apart.
+
+    Args:
+        x_BTD: Input; its first `num_past` positions are context and get no output.
+        weight_DW: The last column weighs the token itself.
+        segment_BT: Document of each position, or None for one; not together with a past.
+        num_past: Positions before those asked for.
+    """
+    width = weight_DW.shape[1]
+    length = x_BTD.shape[1] - num_past
+    x_BTD = F.pad(x_BTD, (0, 0, width - 1 - num_past, 0))  # a negative number cuts
+    if segment_BT is not None:
+        before_BT = F.pad(segment_BT, (width - 1, 0), value=-1)
+    out_BTD = x_BTD[:, width - 1 :] * weight_DW[:, width - 1]
+    for shift in range(1, width):
+        start = width - 1 - shift
+        shifted_BTD = x_BTD[:, start : start + length]
+        if segment_BT is not None:
+            is_same_BT = before_BT[:, start : start + length] == segment_BT
+            shifted_BTD = shifted_BTD * is_same_BT.unsqueeze(-1)
+        out_BTD = torch.addcmul(out_BTD, shifted_BTD, weight_DW[:, start])
+    return out_BTD
+
+
+def gated_delta_rule(
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    *,
+    segment_BT: Tensor | None = None,
+    state_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply the rule in the form that suits the number of tokens and the device.
+
+    Args:
+        q_BTGK: Queries, normalised here. Each serves the R value heads that follow each other.
+        k_BTGK: Keys, normalised here.
+        v_BTHV: Values.
+        g_BTH: Log decay, at most 0.
+        beta_BTH: Share of the correction, 0 to 1.
+        segment_BT: Document of each token, or None for one; not together with a state.
+        state_BHKV: S after the tokens before, or None.
+
+    Returns:
+        Output `(B, T, H, V)` in the dtype of `v`, and S after the last token, fp32.
+    """
+    with torch.autocast(v_BTHV.device.type, enabled=False):
+        if v_BTHV.shape[1] == 1 and state_BHKV is not None:
+            return recurrent_gated_delta_step(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, state_BHKV)
+        kernel = _gpu_kernel() if _suits_gpu_kernel(v_BTHV) else None
+        if kernel is not None:
+            out_BTHV, state_BHKV = kernel(
+                q_BTGK.to(v_BTHV.dtype),
+                k_BTGK.to(v_BTHV.dtype),
+                v_BTHV,
+                g=forget_at_starts(g_BTH.float(), segment_BT),
+                beta=beta_BTH.float(),
+                initial_state=state_BHKV,
+                output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+            )
+            return out_BTHV, state_BHKV
+        return chunk_gated_delta_rule(
+            q_BTGK,
+            k_BTGK,
+            v_BTHV,
+            g_BTH,
+            beta_BTH,
+            segment_BT=segment_BT,
+            state_BHKV=state_BHKV,
+        )
+
+
+def recurrent_gated_delta_step(
+    q_B1GK: Tensor,
+    k_B1GK: Tensor,
+    v_B1HV: Tensor,
+    g_B1H: Tensor,
+    beta_B1H: Tensor,
+    state_BHKV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token, as in the equations at the top; arguments as `gated_delta_rule`."""
+    ratio = v_B1HV.shape[2] // k_B1GK.shape[2]
+    q_BHK = _unit(q_B1GK)[:, 0].repeat_interleave(ratio, dim=1) * q_B1GK.shape[-1] ** -0.5
+    k_BHK = _unit(k_B1GK)[:, 0].repeat_interleave(ratio, dim=1)
+    state_BHKV = state_BHKV.float() * g_B1H[:, 0].float().exp()[..., None, None]
+    # what S has at the key and at the query, in one product
+    read_BH2V = torch.stack((k_BHK, q_BHK), dim=2) @ state_BHKV
+    found_BHV, read_BHV = read_BH2V.unbind(2)
+    delta_BHV = (v_B1HV[:, 0].float() - found_BHV) * beta_B1H[:, 0].float().unsqueeze(-1)
+    state_BHKV = state_BHKV + k_BHK.unsqueeze(-1) * delta_BHV.unsqueeze(-2)
+    out_BHV = read_BHV + (q_BHK * k_BHK).sum(-1, keepdim=True) * delta_BHV
+    return out_BHV.to(v_B1HV.dtype).unsqueeze(1), state_BHKV
+
+
+def chunk_gated_delta_rule(
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    *,
+    segment_BT: Tensor | None = None,
+    state_BHKV: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """Any number of tokens; arguments as `gated_delta_rule`.
+
+    Dimensions inside are (B, G, R, N, C, ...): what value heads share has R = 1.
+    """
+    length, ratio = v_BTHV.shape[1], v_BTHV.shape[2] // k_BTGK.shape[2]
+    chunk = min(chunk, length)
+
+    # 1. cut into chunks; padding has beta 0 and writes nothing
+    q = _cut(_unit(q_BTGK) * q_BTGK.shape[-1] ** -0.5, 1, chunk)
+    k = _cut(_unit(k_BTGK), 1, chunk)
+    v = _cut(v_BTHV.float(), ratio, chunk)
+    beta = _cut(beta_BTH.float().unsqueeze(-1), ratio, chunk)
+    fade = _cut(g_BTH.float().unsqueeze(-1), ratio, chunk).cumsum(-2)  # since the chunk's start
+
+    # 2. how much of token j is left at i, of the state at i, of j and of the state at the end
+    sees, reads, writes, keeps = _who_sees_whom(segment_BT, chunk, fade)
+    left_ij = (fade - fade.mT).masked_fill(~sees, -torch.inf).exp()
+    left_read = fade.exp() * reads
+    left_write = (fade[..., -1:, :] - fade).exp() * writes
+    left_end = fade[..., -1:, :].exp() * keeps
+
+    # 3. corrections of a chunk: u if S were 0 before it, minus w S for what S had
+    mixed = (k @ k.mT) * beta * left_ij
+    wanted = torch.cat((v * beta, k * (beta * left_read)), dim=-1)
+    uw = torch.linalg.solve_triangular(mixed, wanted, upper=False, unitriangular=True)
+    size = v.shape[-1]
+
+    # 4. S before every chunk: S <- end S + (k left)^T (u - w S)
+    written, erased = ((k * left_write).mT @ uw).split((size, k.shape[-1]), dim=-1)
+    if state_BHKV is None:
+        state = torch.zeros_like(written[..., 0, :, :])
+    else:
+        state = state_BHKV.float().unflatten(1, (-1, ratio))
+    states = []
+    for add, erase, end in zip(written.unbind(3), erased.unbind(3), left_end.unbind(3), strict=True):
+        states.append(state)
+        state = state * end + (add - erase @ state)
+
+    # 5. read from the tokens of the chunk, and from S
+    seen_u, seen_w = (((q @ k.mT) * left_ij) @ uw).split((size, k.shape[-1]), dim=-1)
+    out = seen_u + (q * left_read - seen_w) @ torch.stack(states, dim=3)
+    out_BTHV = out.flatten(3, 4).movedim(3, 1).flatten(2, 3)[:, :length]
+    return out_BTHV.to(v_BTHV.dtype), state.flatten(1, 2)
+
+
+def forget_at_starts(g_BTH: Tensor, segment_BT: Tensor | None) -> Tensor:
+    """Let S fade to nothing before the first token of every document but the first.
+
+    For kernels that know nothing of segments.
+    """
+    if segment_BT is None:
+        return g_BTH
+    is_start_BT = F.pad(segment_BT[:, 1:] != segment_BT[:, :-1], (1, 0))
+    return g_BTH + RESET * is_start_BT.unsqueeze(-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Scale to length 1, in fp32."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _cut(x_BTHX: Tensor, ratio: int, chunk: int) -> Tensor:
+    """`(B, T, G * R, X)` to `(B, G, R, N, C, X)`, zeros at the end."""
+    x_BTHX = F.pad(x_BTHX, (0, 0, 0, 0, 0, -x_BTHX.shape[1] % chunk))
+    return x_BTHX.unflatten(2, (-1, ratio)).unflatten(1, (-1, chunk)).permute(0, 3, 4, 1, 2, 5)
+
+
+def _who_sees_whom(
+    segment_BT: Tensor | None, chunk: int, like: Tensor
+) -> tuple[Tensor, Tensor | int, Tensor | int, Tensor | int]:
+    """Return what segments allow, each to broadcast to `(B, G, R, N, C, C or 1)`.
+
+    Token i sees token j of its chunk; i reads the state before the chunk; j writes to the state
+    after it; the state before lives on after it.
+    """
+    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=like.device).tril()
+    if segment_BT is None:
+        return lower, 1, 1, 1
+    segment_BT = F.pad(segment_BT, (0, -segment_BT.shape[1] % chunk), value=-1)
+    # the padding belongs to the last document, so that its state lives on to the end
+    segment_BT = segment_BT.cummax(1).values
+    segment = segment_BT.view(-1, 1, 1, segment_BT.shape[1] // chunk, chunk, 1)
+    last = segment[..., -1:, :]
+    before = F.pad(last, (0, 0, 0, 0, 1, 0), value=-1)[..., :-1, :, :]
+    return lower & (segment == segment.mT), segment == before, segment == last, last == before
+
+
+def _suits_gpu_kernel(x: Tensor) -> bool:
+    """Tell whether flash-linear-attention can take `x`; on a CPU it cannot even be asked."""
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and is_half and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def _gpu_kernel() -> Callable[..., Any] | None:
+    """Return the kernel of flash-linear-attention if that is installed."""
+    if importlib.util.find_spec("fla") is None:
+        return None
+    kernel: Callable[..., Any] = importlib.import_module(
+        "fla.ops.gated_delta_rule"
+    ).chunk_gated_delta_rule
+    return kernel
