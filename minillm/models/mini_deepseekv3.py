@@ -379,10 +379,11 @@ register_checkpoint_conversion_mapping(
     "mini_deepseekv3", get_checkpoint_conversion_mapping("deepseek_v3"), overwrite=True
 )
 AutoConfig.register("mini_deepseekv3", MiniDeepseekV3Config, exist_ok=True)
-for auto, made in (
-    (AutoModel, MiniDeepseekV3Model),
-    (AutoModelForCausalLM, MiniDeepseekV3ForCausalLM),
-    (AutoModelForSequenceClassification, MiniDeepseekV3ForSequenceClassification),
-    (AutoModelForTokenClassification, MiniDeepseekV3ForTokenClassification),
-):
-    auto.register(MiniDeepseekV3Config, made, exist_ok=True)
+AutoModel.register(MiniDeepseekV3Config, MiniDeepseekV3Model, exist_ok=True)
+AutoModelForCausalLM.register(MiniDeepseekV3Config, MiniDeepseekV3ForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    MiniDeepseekV3Config, MiniDeepseekV3ForSequenceClassification, exist_ok=True
+)
+AutoModelForTokenClassification.register(
+    MiniDeepseekV3Config, MiniDeepseekV3ForTokenClassification, exist_ok=True
+)
