@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 IGNORE = -100
@@ -42,6 +43,9 @@ def causal_lm_loss(
     labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
     if labels is None and shift_labels is None:
         return None
+    head = model.get_output_embeddings()
+    if logits_BTV is None and isinstance(head.weight, DTensor):  # a shard; the head knows how
+        logits_BTV = head(hidden_BTD)
     if logits_BTV is not None:
         loss: Tensor = model.loss_function(
             logits=logits_BTV,
@@ -53,7 +57,7 @@ def causal_lm_loss(
         return loss
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
-    weight_VD: Tensor = model.get_output_embeddings().weight
+    weight_VD: Tensor = head.weight
     total = linear_cross_entropy(hidden_BTD.flatten(0, -2), weight_VD, shift_labels.flatten())
     num_items: int | Tensor | None = kwargs.get("num_items_in_batch")
     return total / ((shift_labels != IGNORE).sum() if num_items is None else num_items)

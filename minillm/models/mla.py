@@ -96,6 +96,8 @@ class MiniDeepseekV3Attention(nn.Module):
         """Tell whether attending to latents costs less than making keys and values of them."""
         if self.config._attn_implementation not in ("eager", "sdpa"):
             return False  # kernels for heads of this size, and masks of other kinds
+        if self.config._attn_implementation == "eager" and torch.is_grad_enabled():
+            return False  # the weights returned must be those that the gradient passes through
         if type(self.kv_b_proj) is not nn.Linear:
             return False  # wrapped, e.g. by PEFT: its weight is not all that it does
         if not (isinstance(mask, Tensor) or (mask is None and num_queries == 1)):

@@ -85,7 +85,7 @@ test_expert_parallel_mixin.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
 
-class Tester:
+class SmallModel:
     """What transformers' tests call `model_tester`: a small config, inputs, and the classes."""
 
     batch_size, seq_length = 5, 7
@@ -105,6 +105,8 @@ class Tester:
                 self.classes[head] = found
         fields = {f.name for f in dataclasses.fields(self.config_class)}
         self.shape = {name: value for name, value in SHAPE.items() if name in fields}
+        if "kv_lora_rank" in fields:  # every head has keys of its own, made from the latent
+            self.shape["num_key_value_heads"] = self.shape["num_attention_heads"]
         for name, value in self.shape.items():
             setattr(self, name, value)
 
@@ -146,7 +148,7 @@ class Base(
 
     def setUp(self) -> None:
         torch.manual_seed(0)
-        self.model_tester = Tester(self.architecture)
+        self.model_tester = SmallModel(self.architecture)
         self.all_model_classes = tuple(self.model_tester.classes.values())
         self.config_tester = ConfigTester(self, config_class=self.model_tester.config_class)
 
@@ -159,7 +161,7 @@ class HybridOverrides:
 
 
 def _make(architecture: str) -> type:
-    fields = {f.name for f in dataclasses.fields(Tester(architecture).config_class)}
+    fields = {f.name for f in dataclasses.fields(SmallModel(architecture).config_class)}
     mixins = (HybridOverrides,) if "linear_num_key_heads" in fields else ()
     body = {"architecture": architecture, "all_model_classes": ()}
     made: type = type(f"Test_{architecture}", (*mixins, Base, unittest.TestCase), body)
