@@ -129,6 +129,7 @@ class MiniDeepseekV3PreTrainedModel(MiniPreTrainedModel):
 
     config: MiniDeepseekV3Config
     official_type = "deepseek_v3"
+    lora_targets = ("q_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
     official_fields = {"num_nextn_predict_layers": 0}  # the official class has no such block
     _no_split_modules = ["MiniDeepseekV3DecoderLayer", "MiniDeepseekV3MTPLayer"]
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]

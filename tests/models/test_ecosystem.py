@@ -32,7 +32,7 @@ def make_tiny() -> Callable[..., Any]:
         } | overrides  # fmt: skip
         known = registry.build_config(architecture).to_dict()
         if "kv_lora_rank" in known:
-            fields["num_key_value_heads"] = 4
+            fields["num_key_value_heads"] = 4  # keys of its own
         config = registry.build_config(
             architecture, **{name: value for name, value in fields.items() if name in known}
         )
