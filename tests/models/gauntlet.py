@@ -88,8 +88,10 @@ def assert_same_gradients(ours: Any, expected: Any) -> None:
             assert (a.grad - b.grad).abs().max() <= 1e-5 * scale, name
 
 
-def close(ours: torch.Tensor, expected: torch.Tensor, atol: float = 2e-5) -> None:
-    torch.testing.assert_close(ours, expected, atol=atol, rtol=0)
+def close(ours: torch.Tensor, expected: torch.Tensor, error: float = 2e-5) -> None:
+    """Compare, as `minillm verify` does, in parts of the largest value (if that is above 1)."""
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(ours, expected, atol=error * scale, rtol=0)
 
 
 def small_config(model_type: str, **overrides: Any) -> Any:

@@ -1,0 +1,75 @@
+"""Twenty training steps of every tiny preset reach the losses that they always reached.
+
+No test of parts sees everything that shapes a loss: initialisation, router bias, auxiliary losses,
+order of sums. After a wanted change: `python tests/models/test_golden.py` prints the new table.
+"""
+
+from functools import cache
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from minillm import paths
+from minillm.models import registry
+
+STEPS, ROWS, LENGTH, VOCAB = 20, 2, 64, 2_048
+GOLDEN: dict[str, list[float]] = {
+    "mini_llama3:tiny": [7.678658, 7.672316, 7.412976, 7.160425, 7.390492],
+    "mini_deepseekv3:tiny": [7.683959, 7.607412, 7.442863, 7.15981, 7.393218],
+    "mini_qwen3_next:tiny": [7.616363, 7.6216, 7.435561, 7.169324, 7.273116],
+}
+"""Losses of steps 1, 5, 10, 15 and 20."""
+
+
+@cache
+def tokens() -> torch.Tensor:
+    """The beginning of the bundled corpus, `(STEPS, ROWS, LENGTH)`, in a small vocabulary."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(paths.BUNDLED_TOKENIZER)
+    table = pq.read_table(paths.BUNDLED_CORPUS, columns=["text"])
+    ids: list[int] = []
+    for text in table.column("text").to_pylist():
+        ids += tokenizer.encode(text[:2_000])
+        if len(ids) >= STEPS * ROWS * LENGTH:
+            break
+    return torch.tensor(ids[: STEPS * ROWS * LENGTH]).view(STEPS, ROWS, LENGTH) % VOCAB
+
+
+def train(name: str) -> list[float]:
+    torch.manual_seed(0)
+    model: Any = registry.build_model(registry.build_config(name, vocab_size=VOCAB)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
+    losses = []
+    for batch in tokens():
+        optimizer.zero_grad()
+        loss = model(batch, labels=batch, use_cache=False, skip_logits=True).loss
+        loss.backward()
+        model.update_router_bias()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def table() -> dict[str, list[float]]:
+    return {name: pick(train(name)) for name in registry.names() if name.endswith(":tiny")}
+
+
+def pick(losses: list[float]) -> list[float]:
+    return [round(losses[step - 1], 6) for step in (1, 5, 10, 15, 20)]
+
+
+def test_every_tiny_preset_is_here() -> None:
+    assert set(GOLDEN) == {name for name in registry.names() if name.endswith(":tiny")}
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_losses_are_those_of_before(name: str) -> None:
+    assert pick(train(name)) == pytest.approx(GOLDEN[name], rel=1e-4)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for preset, values in table().items():
+        print(f'    "{preset}": {values},')  # noqa: T201
