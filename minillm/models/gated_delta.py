@@ -38,6 +38,13 @@ def segment_ids(position_ids_BT: Tensor) -> Tensor:
     return F.pad(is_start.cumsum(1), (1, 0))
 
 
+def segments_if_packed(position_ids_BT: Tensor) -> Tensor | None:
+    """Return segment ids, or None where it costs nothing to see that there is one document."""
+    segment_BT = segment_ids(position_ids_BT)
+    can_look = not torch.compiler.is_compiling() and segment_BT.device.type == "cpu"
+    return None if can_look and not segment_BT.any() else segment_BT
+
+
 def positions_from_lengths(cu_seq_lens: Tensor, num_rows: int, length: int) -> Tensor:
     """Return `(rows, length)` positions that restart at each of the cumulative lengths.
 
@@ -196,7 +203,9 @@ def chunk_gated_delta_rule(
     else:
         state = state_BHKV.float().unflatten(1, (-1, ratio))
     states = []
-    for add, erase, end in zip(written.unbind(3), erased.unbind(3), left_end.unbind(3), strict=True):
+    for add, erase, end in zip(
+        written.unbind(3), erased.unbind(3), left_end.unbind(3), strict=True
+    ):
         states.append(state)
         state = state * end + (add - erase @ state)
 
@@ -221,13 +230,15 @@ def forget_at_starts(g_BTH: Tensor, segment_BT: Tensor | None) -> Tensor:
 def _unit(x: Tensor) -> Tensor:
     """Scale to length 1, in fp32."""
     x = x.float()
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    unit: Tensor = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return unit
 
 
 def _cut(x_BTHX: Tensor, ratio: int, chunk: int) -> Tensor:
     """`(B, T, G * R, X)` to `(B, G, R, N, C, X)`, zeros at the end."""
     x_BTHX = F.pad(x_BTHX, (0, 0, 0, 0, 0, -x_BTHX.shape[1] % chunk))
-    return x_BTHX.unflatten(2, (-1, ratio)).unflatten(1, (-1, chunk)).permute(0, 3, 4, 1, 2, 5)
+    x_BNCGRX: Tensor = x_BTHX.unflatten(2, (-1, ratio)).unflatten(1, (-1, chunk))
+    return x_BNCGRX.permute(0, 3, 4, 1, 2, 5)
 
 
 def _who_sees_whom(

@@ -35,6 +35,31 @@ class RMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
+class ZeroCentredRMSNorm(RMSNorm):
+    """RMSNorm whose weight is stored as its distance from 1, so that weight decay pulls to 1."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__(size, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x`, in fp32 to the end: bf16 would round the small distances away."""
+        weight = 1.0 + self.weight.float()
+        is_plain = x.dtype == torch.float32 and x.device.type == "cpu"
+        if is_plain and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y: Tensor = _CpuRMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
+            return y
+        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """`rms_norm(x) * silu(gate)`."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalise `x`, then let the gate through; both `(..., size)`."""
+        return (super().forward(x) * F.silu(gate.float())).to(x.dtype)
+
+
 class _CpuRMSNorm(torch.autograd.Function):
     """With n = x * r and r = 1/rms: dx = r * (w*g - n * mean(w*g*n)), dw = sum(g * n)."""
 

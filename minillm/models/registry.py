@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 ARCHITECTURES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "mini_llama3": ("minillm.models.mini_llama3", ("", "small", "tiny")),
     "mini_deepseekv3": ("minillm.models.mini_deepseekv3", ("", "small", "tiny")),
+    "mini_qwen3_next": (
+        "minillm.models.mini_qwen3_next",
+        ("", "published", "small", "tiny"),
+    ),
 }
 """Architecture → module, and the keys of its `PRESETS`; `""` is the published shape."""
 

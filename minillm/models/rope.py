@@ -40,8 +40,12 @@ class RotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: PreTrainedConfig, **_: Any) -> tuple[Tensor, float]:
-        """Return the K/2 frequencies and the factor of the tables (1: unscaled)."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        """Return the K/2 frequencies and the factor of the tables (1: unscaled).
+
+        With a `partial_rotary_factor`, K is that share of the head.
+        """
+        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, size, 2, dtype=torch.float) / size
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
@@ -64,6 +68,11 @@ def apply_rope(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
     """Turn every feature pair of `x` by its position's angle.
 
     Works on the layout in which projections come out, so that nothing is copied to transpose.
+    Features beyond the table's size stay as they are.
     """
+    size = cos_BT1K.shape[-1]
+    if size < x_BTHK.shape[-1]:
+        turned = apply_rope(x_BTHK[..., :size], cos_BT1K, sin_BT1K)
+        return torch.cat((turned, x_BTHK[..., size:]), dim=-1)
     swapped_BTHK = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)
     return torch.addcmul(x_BTHK * cos_BT1K, swapped_BTHK, sin_BT1K)
