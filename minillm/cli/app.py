@@ -12,6 +12,8 @@ from minillm.cli.chat import chat
 from minillm.cli.console import err as console
 from minillm.cli.demo import demo
 from minillm.cli.download import download
+from minillm.cli.export import export
+from minillm.cli.import_ import import_
 from minillm.cli.merge_bin import merge_bin
 from minillm.cli.models import models
 from minillm.cli.prepare_sft import prepare_sft
@@ -95,3 +97,5 @@ app.command("prepare-sft")(prepare_sft)
 app.command()(sft)
 app.command()(chat)
 app.command()(serve)
+app.command()(export)
+app.command("import")(import_)

@@ -1,0 +1,1 @@
+"""Checkpoints of other tools: official transformers folders, GGUF, published Mini-LLM models."""

@@ -1,0 +1,241 @@
+"""Folders of transformers' official classes, written and read.
+
+Module names and conventions are the official ones, so a checkpoint of ours with a rewritten
+`config.json` is an official checkpoint, and the other way round. What transformers itself does not
+write, but vLLM, SGLang and llama.cpp read, is added to the config.
+"""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from minillm.errors import InputError, SetupError
+from minillm.files import atomic_folder, write_text
+from minillm.models.base import MiniPreTrainedModel, official_config
+from minillm.models.load import find_folder, load_model
+
+ARCHITECTURES = {
+    "llama": ("mini_llama3", "LlamaForCausalLM"),
+    "deepseek_v3": ("mini_deepseekv3", "DeepseekV3ForCausalLM"),
+    "qwen3_next": ("mini_qwen3_next", "Qwen3NextForCausalLM"),
+}
+"""Official `model_type` → ours, and the official class."""
+
+AS_SAVED = cast("torch.dtype", "auto")
+"""The dtype that the checkpoint has on disk."""
+
+_OURS_ONLY = ("mtp_loss_weight", "router_bias_update_speed", "auto_map", "model_type")
+
+
+def export_official(source: str | Path, out: Path) -> PreTrainedModel:
+    """Write the model at `source` as a folder of its official class, and return it as loaded.
+
+    Raises:
+        InputError: There is no model of ours at `source`, or `out` is not empty.
+    """
+    model, tokenizer = load_ours(source)
+    with new_folder(out) as folder:
+        save_folder(model, tokenizer, folder, official_fields(model))
+    return model
+
+
+def load_ours(source: str | Path) -> tuple[MiniPreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a model that must be one of ours, in the dtype it was saved in.
+
+    Raises:
+        InputError: It is of another architecture.
+    """
+    model, tokenizer = load_model(source, dtype=AS_SAVED)
+    if not isinstance(model, MiniPreTrainedModel) or model.official_type not in ARCHITECTURES:
+        raise InputError(
+            f"`{source}` is a `{model.config.model_type}`, not a model of minillm",
+            hint=f"make it one first: `minillm import {source} --out FOLDER`",
+        )
+    return model, tokenizer
+
+
+def official_fields(model: MiniPreTrainedModel) -> dict[str, Any]:
+    """Return the `config.json` of the official class, with the keys that engines need."""
+    config: Any = model.config
+    made: dict[str, Any] = official_config(config, model.official_type).to_dict()
+    for name in _OURS_ONLY[:-1]:
+        made.pop(name, None)
+    made["architectures"] = [ARCHITECTURES[model.official_type][1]]
+    made["dtype"] = str(model.dtype).removeprefix("torch.")
+    rope = dict(made["rope_parameters"])
+    made["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        rope.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+        made["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    made["rope_parameters"] = rope
+    if model.official_type == "deepseek_v3":
+        # without these, engines take softmax routing and no correction bias
+        made |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
+        made |= {"ep_size": 1, "seq_aux": True, "aux_loss_alpha": config.aux_loss_alpha}
+    if model.official_type == "qwen3_next":
+        made["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        made["full_attention_interval"] = attention_interval(config.layer_types)
+    return made
+
+
+def attention_interval(layer_types: list[str]) -> int:
+    """Return n where every n-th layer has full attention.
+
+    Raises:
+        InputError: The pattern has no such n.
+    """
+    first = layer_types.index("full_attention") + 1 if "full_attention" in layer_types else 0
+    pattern = [
+        "full_attention" if first and (index + 1) % first == 0 else "linear_attention"
+        for index in range(len(layer_types))
+    ]
+    if not first or pattern != layer_types:
+        raise InputError(
+            "full attention is not in every n-th layer, which inference engines require",
+            hint="use the model in minillm, or train one with the default `layer_types`",
+        )
+    return first
+
+
+def save_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    fields: dict[str, Any] | None = None,
+) -> None:
+    """Write weights and tokenizer, and `fields` as the config."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    place = folder / "tokenizer_config.json"
+    settings = json.loads(place.read_bytes())
+    # transformers 5 writes its own new class name, which version 4 and engines do not know
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("backend", "is_local", "local_files_only", "gguf_file"):
+        settings.pop(key, None)
+    write_text(place, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    if fields is not None:
+        write_text(folder / "config.json", json.dumps(fields, indent=2) + "\n")
+
+
+def new_folder(out: Path) -> Any:
+    """Return a context that makes `out`, which must not be there or be empty."""
+    return atomic_folder(out, ours=lambda _: False)
+
+
+def import_official(source: str, out: Path) -> PreTrainedModel:
+    """Write an official folder, hub model or `.gguf` file as a model of ours.
+
+    Raises:
+        InputError: No such model, another architecture, or `out` is not empty.
+    """
+    with new_folder(out) as folder:
+        if source.endswith(".gguf"):
+            model, tokenizer = _read_gguf(Path(source))
+        else:
+            model, tokenizer = _read_folder(find_folder(source) or _download(source))
+        save_folder(model, tokenizer, folder)
+    return model
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja"]
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except Exception as err:
+        raise InputError(
+            f"`{hub_id}` is no folder here, and the hub did not give it: {err}".splitlines()[0],
+            hint="check the name and the network, or name a folder",
+        ) from err
+
+
+def _read_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load an official folder by our class: the same weights under a rewritten config."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if str(fields.get("model_type")) in {ours for ours, _ in ARCHITECTURES.values()}:
+        return load_model(folder, dtype=AS_SAVED)  # a published checkpoint, or already ours
+    fields = _our_fields(fields, str(folder))
+    if fields.get("num_nextn_predict_layers"):
+        fields["num_nextn_predict_layers"] = _num_extra_layers(folder, fields)
+    with tempfile.TemporaryDirectory() as name:
+        view = Path(name)
+        for path in folder.iterdir():
+            if path.is_file() and path.name != "config.json":
+                (view / path.name).symlink_to(path.resolve())
+        write_text(view / "config.json", json.dumps(fields))
+        return load_model(view, dtype=AS_SAVED)
+
+
+def _our_fields(fields: dict[str, Any], source: str) -> dict[str, Any]:
+    kind = str(fields.get("model_type"))
+    if kind not in ARCHITECTURES:
+        raise InputError(
+            f"`{source}` is a `{kind}`, which no architecture here equals",
+            hint=f"choose a model of type {', '.join(ARCHITECTURES)}",
+        )
+    drop = ("architectures", "auto_map", "quantization_config", "model_type")
+    kept = {name: value for name, value in fields.items() if name not in drop}
+    return kept | {"model_type": ARCHITECTURES[kind][0]}
+
+
+def _num_extra_layers(folder: Path, fields: dict[str, Any]) -> int:
+    """Count the MTP blocks that a checkpoint has; the official class writes none."""
+    first, found = int(fields["num_hidden_layers"]), set[int]()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no dict
+                match = re.match(r"model\.layers\.(\d+)\.", name)
+                if match and int(match[1]) >= first:
+                    found.add(int(match[1]))
+    return len(found)
+
+
+def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load a GGUF file of the Llama architecture, in fp32, through transformers."""
+    if not path.is_file():
+        raise InputError(f"there is no file at `{path}`", hint="name a `.gguf` file or a folder")
+    require_gguf()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"gguf_file": path.name}
+    try:
+        config = AutoConfig.from_pretrained(path.parent, **options)
+        ours = AutoConfig.for_model(**_our_fields(config.to_dict(), str(path)))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=torch.float32, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    except InputError:
+        raise
+    except Exception as err:
+        raise InputError(
+            f"cannot read `{path}`: {err}".splitlines()[0],
+            hint="import the model's safetensors folder instead",
+        ) from err
+    ours._attn_implementation = loaded.config._attn_implementation
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(ours, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    return model.eval(), tokenizer
+
+
+def require_gguf() -> None:
+    """Refuse to go on without the `gguf` package.
+
+    Raises:
+        SetupError: It is not installed.
+    """
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise SetupError(
+            "the package `gguf` is not installed", hint="`pip install 'minillm-lab[gguf]'`"
+        ) from None
