@@ -106,8 +106,12 @@ def load_checkpoint(
         InputError: A file is missing or damaged.
     """
     device = next(model.parameters()).device
+    model_class: Any = type(model)
     try:
-        weights = load_file(folder / "model.safetensors")
+        # by the model's own class: names on disk may differ from those in memory (experts)
+        loaded, info = model_class.from_pretrained(
+            folder, dtype=model.dtype, local_files_only=True, output_loading_info=True
+        )
         tensors = load_file(folder / f"{_STATE}.safetensors")
         position = json.loads((folder / f"{_STATE}.json").read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError) as error:
@@ -115,10 +119,10 @@ def load_checkpoint(
             f"checkpoint `{folder}` is damaged: {error}",
             hint=f"remove it (`rm -r {folder}`) and resume again from the one before",
         ) from None
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    if unexpected or set(missing) - tied:
-        raise InputError(f"checkpoint `{folder}` does not fit the model: {missing + unexpected}")
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong or loaded.state_dict().keys() != model.state_dict().keys():
+        raise InputError(f"checkpoint `{folder}` does not fit the model: {', '.join(wrong[:3])}")
+    model.load_state_dict(loaded.state_dict())
     load_optimizer_tensors(
         model, optimizers, {k: v for k, v in tensors.items() if not k.startswith("rng.")}
     )

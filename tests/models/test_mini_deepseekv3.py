@@ -512,3 +512,33 @@ def test_router_bias_stays_in_fp32_in_a_bf16_model(model: Any, tmp_path: Path) -
         error = (each(ids(4, 60)).logits.float() - exact).norm(dim=-1)
         errors.append(error.median())  # a token that changes experts is another matter
     assert errors[0] < 1.3 * errors[1]
+
+
+def test_training_checkpoint_restores_experts_biases_and_optimizer(tmp_path: Path) -> None:
+    from minillm.settings import OptimConfig
+    from minillm.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+    from minillm.train.optim import build_optimizers
+    from minillm.train.state import TrainState
+
+    (tmp_path / "tokenizer").mkdir()
+    models = [make(seed, router_bias_update_speed=0.01).train() for seed in (0, 1)]
+    optimizers = [build_optimizers(m, OptimConfig(), torch.device("cpu")) for m in models]
+
+    def step(n: int) -> None:
+        models[n](IDS, labels=IDS, use_cache=False).loss.backward()
+        models[n].update_router_bias()
+        for optimizer in optimizers[n]:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step(0)
+    save_checkpoint(tmp_path, models[0], optimizers[0], TrainState(), tmp_path / "tokenizer")
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    load_checkpoint(checkpoint, models[1], optimizers[1])
+    for n in range(2):
+        step(n)
+    for (name, ours), theirs in zip(
+        models[1].state_dict().items(), models[0].state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
