@@ -158,7 +158,23 @@ class Base(
 
 
 class HybridOverrides:
-    """For architectures with `linear_attention` layers, which have no attention weights."""
+    """For architectures with linear attention, whose layers have no weights to show."""
+
+    def test_attention_outputs(self) -> None:
+        """Not one matrix of weights for each layer, as usual, but one for each full layer."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        config._attn_implementation = "eager"
+        num_full = config.layer_types.count("full_attention")
+        length = inputs["input_ids"].shape[1]
+        for model_class in self.all_model_classes:
+            for from_config in (False, True):
+                config.output_attentions = from_config
+                model = model_class(config).eval()
+                asked = {} if from_config else {"output_attentions": True}
+                with torch.no_grad():
+                    weights = model(**inputs, **asked).attentions
+                shape = (self.model_tester.batch_size, config.num_attention_heads, length, length)
+                assert [tuple(w.shape) for w in weights] == [shape] * num_full
 
 
 def _make(architecture: str) -> type:
