@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
 
 from minillm.errors import ConfigError
@@ -21,7 +22,7 @@ from minillm.models import registry
 from minillm.models.base import ParamCount, flops_per_token, param_count
 
 CACHE_DTYPE = torch.bfloat16
-_PROBE = (256, 384)  # lengths whose difference gives the bytes of a token
+_PROBE = (8, 16)  # lengths whose difference gives the bytes of a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,30 +96,31 @@ def summarize(name: str, seq_len: int) -> ModelSummary:
         )
     config = load_config(name)
     config.dtype = CACHE_DTYPE
-    model = build_on_meta(config)
-    count = getattr(model, "param_count", lambda: param_count(model))()
-    flops = getattr(model, "flops_per_token", lambda n: flops_per_token(model, n))(seq_len)
-    short, long = (cache_size(config, length) for length in _PROBE)
+    # as the meta device, but it calls itself `cpu`, which autocast wants to know
+    with FakeTensorMode(), init.no_init_weights():
+        model = registry.build_model(config)
+        model.tie_weights()  # which goes with the initial values that are left out
+        count = getattr(model, "param_count", lambda: param_count(model))()
+        flops = getattr(model, "flops_per_token", lambda n: flops_per_token(model, n))(seq_len)
+        short, long = (cache_size(model, length) for length in _PROBE)
     per_token = (long - short) // (_PROBE[1] - _PROBE[0])
     return ModelSummary(name, count, flops, per_token, short - per_token * _PROBE[0])
 
 
 @torch.no_grad()
-def cache_size(config: PreTrainedConfig, length: int) -> int:
+def cache_size(model: PreTrainedModel, length: int) -> int:
     """Return the bytes of the cache after one sequence of `length` tokens."""
-    with FakeTensorMode():  # as the meta device, but says `cpu`, which autocast wants to know
-        model = registry.build_model(config)
-        cache = DynamicCache(config=model.config)
-        ids = torch.zeros(1, length, dtype=torch.long)
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        # layers keep other tensors too (counters, flags): only floating point ones hold content
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for layer in cache.layers
-            for value in vars(layer).values()
-            for tensor in _tensors(value)
-            if tensor.is_floating_point()
-        )
+    cache = DynamicCache(config=model.config)
+    ids = torch.zeros(1, length, dtype=torch.long)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    # layers keep other tensors too (counters, flags): only floating point ones hold content
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for layer in cache.layers
+        for value in vars(layer).values()
+        for tensor in _tensors(value)
+        if tensor.is_floating_point()
+    )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -377,10 +377,16 @@ class Gauntlet:
         counter = FlopCounterMode(display=False, custom_mapping=GROUPED)
         with counter, torch.no_grad():
             model(ids, use_cache=False)
-        # the convention counts vectors (norms, biases) as if they were multiplied like matrices
-        vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-        counted = 3 * counter.get_total_flops() / 128
-        assert counted <= model.flops_per_token(128) <= counted + 6 * vectors
+        ran = {str(kind): 3 * n / 128 for kind, n in counter.get_flop_counts()["Global"].items()}
+        attention = 128 * (model.flops_per_token(129) - model.flops_per_token(128))
+        matrices = sum(n for kind, n in ran.items() if kind != "aten.bmm")
+        # the convention counts vectors and convolutions as if they were multiplied like matrices
+        others = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 1 or "conv" in n)
+        assert matrices <= model.flops_per_token(128) - attention <= matrices + 6 * others
+        if "linear_attention" in (getattr(config, "layer_types", None) or []):
+            assert attention < ran["aten.bmm"]  # the convention leaves out the recurrence
+        else:
+            assert attention == ran["aten.bmm"]
 
     # ------------------------------------------------------------------ compiling
 
