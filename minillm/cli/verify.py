@@ -43,5 +43,5 @@ def verify(
     if missed:
         raise RunError(
             f"`{found}`: {len(missed)} of {table.row_count} checks missed: {', '.join(missed)}",
-            hint="errors are parts of the largest logit; see `Checking a model` in docs/models.md",
+            hint=f"`minillm verify {found} --device cpu --no-compile` leaves out GPU and compiler",
         )

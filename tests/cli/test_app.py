@@ -18,6 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 COMMANDS = {
     *("download", "prepare-tokenizer", "train-tokenizer", "tokenize", "merge-bin"),
     *("pretrain", "prepare-sft", "sft", "chat", "serve", "demo"),
+    *("models", "verify", "export", "import"),
 }
 
 
