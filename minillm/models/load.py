@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from minillm import paths
 from minillm.errors import InputError
+from minillm.models.interop.published import read_published
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -126,10 +128,21 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     options: dict[str, Any] = {"local_files_only": is_local, "trust_remote_code": False}
     with _named_errors(source, is_local), _quiet_transformers():
-        config = AutoConfig.from_pretrained(source, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
+        published = read_published(Path(source)) if is_local else None
+        if published is None:
+            config = AutoConfig.from_pretrained(source, **options)
+        else:
+            config, state = published
+            options |= {"state_dict": state}
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, config=config, local_files_only=is_local, trust_remote_code=False
+        )
+        # with weights given, transformers wants the class itself and no name
+        loader: Any = AutoModelForCausalLM
+        if published is not None:
+            loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        loaded: Any = loader.from_pretrained(
+            source if published is None else None,
             config=config,
             dtype=dtype,
             use_safetensors=True,

@@ -224,6 +224,11 @@ def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.generation_config = loaded.generation_config
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(
+            f"the tokenizer in `{path}` is of a kind that is not read",
+            hint="import the model's safetensors folder instead",
+        )
     return model.eval(), tokenizer
 
 
