@@ -29,7 +29,7 @@ SHAPE = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,  # a quarter of it, rotated, must be more than one pair
     "max_position_embeddings": 128,
     "pad_token_id": 0,
     "bos_token_id": 1,
