@@ -7,8 +7,12 @@ apart at most. Errors are relative to the largest logit, so that one tolerance s
 
 import contextlib
 import copy
+import importlib
+import importlib.util
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +22,16 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from minillm import paths
 from minillm.device import pick_device
-from minillm.errors import SetupError
+from minillm.errors import InputError, SetupError
 from minillm.models import registry
 from minillm.models.base import MiniPreTrainedModel
 from minillm.models.load import load_model
 
 TOLERANCE = 2e-5
 """Of logits in fp32, relative to the largest: rounding of sums in another order."""
+
+GGUF_TOLERANCE = 1e-4
+"""llama.cpp has its own exponentials and multiplies some matrices in lower precision."""
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -98,6 +105,12 @@ def verify(
     if isinstance(model, MiniPreTrainedModel):
         official = model.export_official().eval()
         yield check(type(official).__name__, _logits(official, ids_BT))
+    if tokenizer is not None and isinstance(model, MiniPreTrainedModel) and has_llama_cpp():
+        # left out where llama.cpp does not know the architecture, or not this shape of it
+        with contextlib.suppress(InputError, KeyError):
+            gguf_TV = _llama_cpp(model, tokenizer, ids_BT[0])
+            error = (gguf_TV - full_BTV[0].cpu()).abs().max().item() / scale
+            yield Check("GGUF in llama.cpp", error, GGUF_TOLERANCE)
     if tokenizer is not None:
         yield check_tokenizer(tokenizer, vocab_size)
 
@@ -205,6 +218,37 @@ def _compiled(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     with _compiler_errors():
         logits: Tensor = forward(input_ids=ids_BT, use_cache=False).logits
     return logits
+
+
+def has_llama_cpp() -> bool:
+    """Tell whether a GGUF file can be written and run here."""
+    return all(importlib.util.find_spec(name) for name in ("gguf", "llama_cpp"))
+
+
+def _llama_cpp(
+    model: MiniPreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids_T: Tensor
+) -> Tensor:
+    """Return the logits of an exported fp32 file, `(T, V)`."""
+    llama_cpp: Any = importlib.import_module("llama_cpp")
+    gguf = importlib.import_module("minillm.models.interop.gguf")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        gguf.write_gguf(model, tokenizer, path, "f32")
+        size = len(ids_T)
+        engine = llama_cpp.Llama(
+            str(path),
+            n_ctx=max(256, size),
+            n_batch=max(256, size),
+            logits_all=True,
+            type_k=0,  # fp32 keys and values
+            type_v=0,
+            verbose=False,
+        )
+        try:
+            engine.eval(ids_T.tolist())
+            return torch.tensor(engine.scores[:size])
+        finally:
+            engine.close()
 
 
 @contextlib.contextmanager
