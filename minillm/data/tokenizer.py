@@ -80,12 +80,14 @@ def find_tokenizer(fp: str, near: Iterable[Path] = ()) -> Path:
 
     Args:
         fp: The fingerprint in a manifest.
-        near: Folders to try before `data/tokenizer` and the bundled tokenizer.
+        near: Folders to try, and a `tokenizer` folder in them, before `data/tokenizer` and the
+            bundled tokenizer.
 
     Raises:
         InputError: None of them has it.
     """
-    tried = [*near, paths.TOKENIZER, paths.BUNDLED_TOKENIZER]
+    nearby = [folder for base in near for folder in (base, base / "tokenizer")]
+    tried = [*nearby, paths.TOKENIZER, paths.BUNDLED_TOKENIZER]
     for folder in tried:
         if _is_tokenizer(folder) and fingerprint(folder) == fp:
             return folder
