@@ -16,8 +16,11 @@ Source = Annotated[
     ),
 ]
 To = Annotated[
-    Literal["official", "gguf"],
-    typer.Option(help="`official`: a folder for transformers, vLLM, SGLang; `gguf`: llama.cpp."),
+    Literal["official", "hub", "gguf"],
+    typer.Option(
+        help="`official`: a folder for transformers, vLLM, SGLang; `hub`: our own class with its "
+        "code in the folder; `gguf`: llama.cpp."
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="New folder for the result.")]
 Type = Annotated[
@@ -34,7 +37,7 @@ def export(
 ) -> None:
     """Write a model for other tools: transformers, vLLM, SGLang, llama.cpp, Ollama."""
     from minillm.models.interop.gguf import export_gguf
-    from minillm.models.interop.official import export_official
+    from minillm.models.interop.official import export_hub, export_official
     from minillm.serve.source import find_source
 
     found = find_source(source)
@@ -45,6 +48,9 @@ def export(
         return
     if file_type is not None:
         raise ConfigError("`--type` is for GGUF files", hint="add `--to gguf`, or leave it out")
+    if to == "hub":
+        say(f"next: hf upload YOUR_NAME/YOUR_MODEL {export_hub(found, out)}")
+        return
     model = export_official(found, out)
     show_facts("exported", {"folder": out, "class": model.config.model_type, "dtype": model.dtype})
     say(f"next: vllm serve {out}")

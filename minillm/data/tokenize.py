@@ -286,6 +286,10 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
             # before Python 3.11.5 the pool of a dead worker waits for ever for a thread that is
             # writing to a full pipe which nobody reads any more (CPython issue 94777)
             pool._call_queue._reader.close()  # type: ignore[attr-defined]
+            # and in every version it waits for a worker that was started while the others were
+            # being ended, which nobody ends
+            for process in list((pool._processes or {}).values()):
+                process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from minillm.errors import InputError, SetupError
 from minillm.files import atomic_folder, write_text
 from minillm.models.base import MiniPreTrainedModel, official_config
+from minillm.models.interop.remote_code import write_remote_code
 from minillm.models.load import find_folder, load_model
 
 ARCHITECTURES = {
@@ -43,6 +44,22 @@ def export_official(source: str | Path, out: Path) -> PreTrainedModel:
     with new_folder(out) as folder:
         save_folder(model, tokenizer, folder, official_fields(model))
     return model
+
+
+def export_hub(source: str | Path, out: Path) -> Path:
+    """Write the model at `source` as a folder that carries its own code, for a hub.
+
+    `AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)` needs no minillm.
+
+    Raises:
+        InputError: There is no model of ours at `source`, or `out` is not empty.
+    """
+    model, tokenizer = load_ours(source)
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_remote_code(folder, model)
+    return out
 
 
 def load_ours(source: str | Path) -> tuple[MiniPreTrainedModel, PreTrainedTokenizerFast]:
