@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import psutil
@@ -19,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from minillm import paths
 from minillm.data import tokenize as module
 from minillm.data.binfile import TokenFile
-from minillm.data.tokenize import TokenizeReport, plan_jobs, tokenize
+from minillm.data.tokenize import TokenizeReport, _pool, plan_jobs, tokenize
 from minillm.errors import InputError, RunError
 from minillm.settings import TokenizeConfig
 
@@ -285,3 +287,26 @@ def test_without_documents_the_hint_works(tmp_path: Path, monkeypatch: pytest.Mo
         tokenize(TokenizeConfig())
     assert "minillm tokenize --data bundled" in str(caught.value.hint)
     assert not paths.TOKENS.exists()
+
+
+def test_a_worker_that_outlives_the_end_of_the_others_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # one that starts while a broken pool ends the others is ended by nobody
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.terminate", lambda process: None)
+
+    def use_a_pool() -> None:
+        with _pool(2) as pool:
+            assert pool is not None
+            dies, _lives = pool.submit(os._exit, 1), pool.submit(time.sleep, 3600)
+            with pytest.raises(BrokenProcessPool):
+                dies.result()
+
+    user = threading.Thread(target=use_a_pool, daemon=True)
+    user.start()
+    user.join(30)
+    is_stuck = user.is_alive()
+    for child in multiprocessing.active_children():
+        child.kill()
+    user.join(30)
+    assert not is_stuck

@@ -180,6 +180,10 @@ def test_find_tokenizer_looks_near_then_in_the_package(small_folder: Path, tmp_p
     assert find_tokenizer(fingerprint(paths.BUNDLED_TOKENIZER)) == paths.BUNDLED_TOKENIZER
     near = [tmp_path, small_folder]
     assert find_tokenizer(fingerprint(small_folder), near) == small_folder
+    shutil.copytree(
+        small_folder, tmp_path / "tokenizer"
+    )  # as the demo lays it beside its token file
+    assert find_tokenizer(fingerprint(tmp_path / "tokenizer"), [tmp_path]) == tmp_path / "tokenizer"
     with pytest.raises(InputError, match="000000000000") as caught:
         find_tokenizer("0" * 64)
     assert "--tokenizer" in str(caught.value.hint)

@@ -103,3 +103,17 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="which no architecture here equals"):
         import_official(str(tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_hub_folder_carries_weights_code_and_tokenizer(saved: Any) -> None:
+    name, folder = saved
+    done = CliRunner().invoke(
+        app, ["export", str(folder / "ours"), "--to", "hub", "--out", str(folder / "hub")]
+    )
+    assert done.exit_code == 0, done.output
+    config = json.loads((folder / "hub/config.json").read_text())
+    module, _, class_name = config["auto_map"]["AutoModelForCausalLM"].partition(".")
+    assert module == f"modeling_{name}"
+    assert f"class {class_name}(" in (folder / f"hub/{module}.py").read_text()
+    assert raw(folder / "hub") == raw(folder / "ours")
+    assert (folder / "hub/tokenizer.json").is_file()
