@@ -27,32 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillm.models.packing import documents
+
 CHUNK = 64
 RESET = -60.0
 """Log decay that forgets: exp(-60) is below the rounding of any sum."""
 
 
-def segment_ids(position_ids_BT: Tensor) -> Tensor:
-    """Return the number of each token's document; one begins where positions do not go on."""
-    is_start = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
-    return F.pad(is_start.cumsum(1), (1, 0))
-
-
 def segments_if_packed(position_ids_BT: Tensor) -> Tensor | None:
     """Return segment ids, or None where it costs nothing to see that there is one document."""
-    segment_BT = segment_ids(position_ids_BT)
+    segment_BT = documents(position_ids_BT)
     can_look = not torch.compiler.is_compiling() and segment_BT.device.type == "cpu"
     return None if can_look and not segment_BT.any() else segment_BT
-
-
-def positions_from_lengths(cu_seq_lens: Tensor, num_rows: int, length: int) -> Tensor:
-    """Return `(rows, length)` positions that restart at each of the cumulative lengths.
-
-    They count over all rows, as attention kernels have it: `[0, 3, 8]` is 3 tokens and 5.
-    """
-    at = torch.arange(num_rows * length, device=cu_seq_lens.device)
-    document = torch.searchsorted(cu_seq_lens, at.to(cu_seq_lens.dtype), right=True) - 1
-    return (at - cu_seq_lens[document]).view(num_rows, length)
 
 
 def short_conv(

@@ -45,11 +45,12 @@ from transformers.utils.output_capturing import (
 from minillm.models.attention import eager_attention
 from minillm.models.base import MiniPreTrainedModel
 from minillm.models.cache import ReservedLayer
-from minillm.models.gated_delta import positions_from_lengths, segments_if_packed
+from minillm.models.gated_delta import segments_if_packed
 from minillm.models.gated_delta_net import GatedDeltaNet
 from minillm.models.loss import causal_lm_loss
 from minillm.models.mini_qwen3_next_config import FULL, LINEAR, PRESETS, MiniQwen3NextConfig
 from minillm.models.norm import ZeroCentredRMSNorm
+from minillm.models.packing import document_positions
 from minillm.models.rope import RotaryEmbedding, apply_rope
 from minillm.models.shared_expert import (
     SharedExpertMoE,
@@ -251,7 +252,7 @@ class MiniQwen3NextModel(MiniQwen3NextPreTrainedModel):
         # 2. documents: where given positions restart, or by their cumulative lengths
         places_BT = position_ids
         if (lengths := kwargs.get("cu_seq_lens_q")) is not None:
-            places_BT = positions_from_lengths(lengths, *x_BTD.shape[:2])
+            places_BT = document_positions(lengths, *x_BTD.shape[:2])
             position_ids = places_BT if position_ids is None else position_ids
             attention_mask = None
         segment_BT = None

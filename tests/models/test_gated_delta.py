@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from minillm.models import gated_delta as gd
 from minillm.models.gated_delta_net import softplus
+from minillm.models.packing import document_positions, documents
 
 B, T, G, H, K, V = 2, 200, 2, 4, 8, 12
 BOUNDARIES = {
@@ -31,7 +32,7 @@ def inputs(seed: int = 0, length: int = T, decay: float = 1.0) -> list[torch.Ten
 
 
 def segments(lengths: tuple[int, ...]) -> torch.Tensor:
-    return gd.segment_ids(torch.cat([torch.arange(n) for n in lengths])[None])
+    return documents(torch.cat([torch.arange(n) for n in lengths])[None])
 
 
 def oracle(
@@ -130,13 +131,13 @@ def test_convolution_continues_from_context(num_past: int) -> None:
 
 def test_documents_begin_where_positions_do_not_go_on() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 0, 1], [4, 5, 6, 7, 9, 10]])
-    assert gd.segment_ids(positions).tolist() == [[0, 0, 0, 1, 2, 2], [0, 0, 0, 0, 1, 1]]
+    assert documents(positions).tolist() == [[0, 0, 0, 1, 2, 2], [0, 0, 0, 0, 1, 1]]
     assert gd.segments_if_packed(positions[1:, :4]) is None
 
 
 def test_cumulative_lengths_count_over_rows() -> None:
     lengths = torch.tensor([0, 3, 4, 6, 8], dtype=torch.int32)
-    assert gd.positions_from_lengths(lengths, 2, 4).tolist() == [[0, 1, 2, 0], [0, 1, 0, 1]]
+    assert document_positions(lengths, 2, 4).tolist() == [[0, 1, 2, 0], [0, 1, 0, 1]]
 
 
 def test_soft_reset_is_a_reset_for_kernels_without_segments() -> None:
