@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -279,17 +280,16 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy threads and their locks
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+    # all workers start with the first task. One that starts later may not be watched, or be left
+    # behind when the pool breaks, and then the pool waits for it for ever
+    pool._safe_to_dynamically_spawn_children = False  # type: ignore[attr-defined]
     try:
         yield pool
     finally:
-        if getattr(pool, "_broken", False):
-            # before Python 3.11.5 the pool of a dead worker waits for ever for a thread that is
-            # writing to a full pipe which nobody reads any more (CPython issue 94777)
+        if getattr(pool, "_broken", False) and sys.version_info < (3, 11, 5):
+            # there the pool of a dead worker waits for ever for a thread that is writing to a full
+            # pipe which nobody reads any more (CPython issue 94777)
             pool._call_queue._reader.close()  # type: ignore[attr-defined]
-            # and in every version it waits for a worker that was started while the others were
-            # being ended, which nobody ends
-            for process in list((pool._processes or {}).values()):
-                process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

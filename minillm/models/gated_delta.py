@@ -27,18 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm.models.packing import documents
-
 CHUNK = 64
 RESET = -60.0
 """Log decay that forgets: exp(-60) is below the rounding of any sum."""
-
-
-def segments_if_packed(position_ids_BT: Tensor) -> Tensor | None:
-    """Return segment ids, or None where it costs nothing to see that there is one document."""
-    segment_BT = documents(position_ids_BT)
-    can_look = not torch.compiler.is_compiling() and segment_BT.device.type == "cpu"
-    return None if can_look and not segment_BT.any() else segment_BT
 
 
 def short_conv(

@@ -45,12 +45,11 @@ from transformers.utils.output_capturing import (
 from minillm.models.attention import eager_attention
 from minillm.models.base import MiniPreTrainedModel
 from minillm.models.cache import ReservedLayer
-from minillm.models.gated_delta import segments_if_packed
 from minillm.models.gated_delta_net import GatedDeltaNet
 from minillm.models.loss import causal_lm_loss
 from minillm.models.mini_qwen3_next_config import FULL, LINEAR, PRESETS, MiniQwen3NextConfig
 from minillm.models.norm import ZeroCentredRMSNorm
-from minillm.models.packing import document_positions
+from minillm.models.packing import document_positions, segments_if_packed
 from minillm.models.rope import RotaryEmbedding, apply_rope
 from minillm.models.shared_expert import (
     SharedExpertMoE,

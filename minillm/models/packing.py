@@ -21,3 +21,10 @@ def documents(position_ids: Tensor) -> Tensor:
     """Return a number for each token's document: positions that do not go on start a new one."""
     is_start = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
     return is_start.cumsum(-1)
+
+
+def segments_if_packed(position_ids_BT: Tensor) -> Tensor | None:
+    """Return segment ids, or None where it costs nothing to see that there is one document."""
+    segment_BT = documents(position_ids_BT)
+    can_look = not torch.compiler.is_compiling() and segment_BT.device.type == "cpu"
+    return None if can_look and not segment_BT.any() else segment_BT

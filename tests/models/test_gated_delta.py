@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from minillm.models import gated_delta as gd
 from minillm.models.gated_delta_net import softplus
-from minillm.models.packing import document_positions, documents
+from minillm.models.packing import document_positions, documents, segments_if_packed
 
 B, T, G, H, K, V = 2, 200, 2, 4, 8, 12
 BOUNDARIES = {
@@ -132,7 +132,7 @@ def test_convolution_continues_from_context(num_past: int) -> None:
 def test_documents_begin_where_positions_do_not_go_on() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 0, 1], [4, 5, 6, 7, 9, 10]])
     assert documents(positions).tolist() == [[0, 0, 0, 1, 2, 2], [0, 0, 0, 0, 1, 1]]
-    assert gd.segments_if_packed(positions[1:, :4]) is None
+    assert segments_if_packed(positions[1:, :4]) is None
 
 
 def test_cumulative_lengths_count_over_rows() -> None:
