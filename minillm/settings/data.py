@@ -1,0 +1,138 @@
+"""Settings of the commands that make data."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_doc import Doc
+
+from minillm import paths
+from minillm.errors import ConfigError
+from minillm.settings.checks import check_range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareTokenizerConfig:
+    """`minillm prepare-tokenizer`."""
+
+    data: Annotated[
+        Path, Doc("Folder or file of parquet with columns `text, source`; or `bundled`.")
+    ] = paths.RAW
+    out: Annotated[Path, Doc("Folder for the sampled parquet parts.")] = paths.SAMPLE
+    sample_ratio: Annotated[
+        float, Doc("Share of each source's documents to keep, 0 to 1; 0: about 40 MB in all.")
+    ] = 0.0
+    seed: Annotated[int, Doc("Seed of the sample.")] = 0
+
+    def __post_init__(self) -> None:
+        """Reject ratios that keep less than nothing or more than all."""
+        check_range(self, "sample_ratio", 0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainTokenizerConfig:
+    """`minillm train-tokenizer`."""
+
+    data: Annotated[Path, Doc("Folder or file of parquet, jsonl or txt; or `bundled`.")] = (
+        paths.SAMPLE
+    )
+    out: Annotated[Path, Doc("Folder for the tokenizer.")] = paths.TOKENIZER
+    vocab_size: Annotated[int, Doc("Base tokens; 4 chat tokens are added.")] = 32_000
+    text_column: Annotated[str, Doc("Name of the text column or JSON key.")] = "text"
+    max_bytes: Annotated[int, Doc("Train on at most this many bytes of text; 0 is all.")] = 0
+
+    def __post_init__(self) -> None:
+        """A byte-level vocabulary holds 256 bytes and `<|endoftext|>`."""
+        check_range(self, "vocab_size", 257, 1_000_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizeConfig:
+    """`minillm tokenize`."""
+
+    data: Annotated[Path, Doc("Folder or file of parquet, jsonl or txt; or `bundled`.")] = paths.RAW
+    out: Annotated[Path, Doc("Folder for NAME.bin and NAME.bin.json.")] = paths.TOKENS
+    name: Annotated[str, Doc("Name of the token file; one .bin per input file if empty.")] = ""
+    tokenizer: Annotated[
+        Path, Doc("Tokenizer folder; or `bundled`; or `auto`: data/tokenizer, else bundled.")
+    ] = Path("auto")
+    text_column: Annotated[str, Doc("Name of the text column or JSON key.")] = "text"
+    workers: Annotated[int, Doc("Processes; 0 is one per core.")] = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeBinConfig:
+    """`minillm merge-bin`."""
+
+    data: Annotated[Path, Doc("Folder of .bin files (all are merged, by name).")] = paths.TOKENS
+    out: Annotated[Path, Doc("The merged .bin.")] = paths.PRETRAIN_BIN
+    tokenizer: Annotated[
+        Path | None, Doc("Tokenizer folder; needed for .bin files without a manifest.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdentityConfig:
+    """Who the model says it is."""
+
+    identity: Annotated[bool, Doc("Mix in the identity dialogues.")] = True
+    assistant_name: Annotated[str, Doc("The model's name.")] = "MiniLLM"
+    author: Annotated[str, Doc("Who made it.")] = "the minillm project"
+    author_zh: Annotated[str, Doc("Who made it, in Chinese; empty: the same.")] = "minillm 项目"
+    identity_repeat: Annotated[
+        int, Doc("How often each identity dialogue appears, in other words each time.")
+    ] = 4
+
+    def __post_init__(self) -> None:
+        """Reject a model without a name."""
+        check_range(self, "identity_repeat", 1, 1000)
+        if not self.assistant_name.strip() or not self.author.strip():
+            raise ConfigError(
+                f"the model needs a name and an author: `{self.assistant_name}`, `{self.author}`",
+                hint="pass --assistant-name NAME --author NAME, or --no-identity",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareSftConfig:
+    """`minillm prepare-sft`."""
+
+    data: Annotated[Path, Doc("JSONL file or folder of dialogues (`messages`); or `bundled`.")] = (
+        Path(paths.BUNDLED)
+    )
+    out: Annotated[Path, Doc("SFT parquet to write.")] = paths.SFT_PARQUET
+    tokenizer: Annotated[
+        Path, Doc("Tokenizer folder; or `bundled`; or `auto`: data/tokenizer, else bundled.")
+    ] = Path("auto")
+    sequence_length: Annotated[int, Doc("Longest row, in tokens.")] = 512
+    pack: Annotated[bool, Doc("Pack several dialogues into one row.")] = True
+    max_dialogues: Annotated[int, Doc("Sample at most this many dialogues; 0 is all.")] = 0
+    seed: Annotated[int, Doc("Seed of sampling and order.")] = 0
+    persona: IdentityConfig = field(default_factory=IdentityConfig)
+
+    def __post_init__(self) -> None:
+        """Reject empty rows."""
+        check_range(self, "sequence_length", 16, 1_000_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DownloadConfig:
+    """`minillm download`."""
+
+    sets: Annotated[
+        tuple[str, ...], Doc("Numbers or names, e.g. `9` or `deepctrl-bin`; none: the catalog.")
+    ] = ()
+    out: Annotated[Path, Doc("Folder below which each set gets its place.")] = paths.DATA
+    hub: Annotated[
+        Literal["auto", "modelscope", "huggingface"],
+        Doc("Where to fetch from; `auto` tries each hub that has the set."),
+    ] = "auto"
+    workers: Annotated[int, Doc("Files fetched at a time.")] = 4
+    verify: Annotated[
+        bool, Doc("Hash what is there again instead of trusting its size and time.")
+    ] = False
+    dry_run: Annotated[bool, Doc("List files and sizes, fetch nothing.")] = False
+
+    def __post_init__(self) -> None:
+        """Reject a download that never begins."""
+        check_range(self, "workers", 1, 16)

@@ -1,0 +1,88 @@
+"""Settings of `chat`, `serve` and `demo`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_doc import Doc
+
+from minillm.settings.checks import check_positive, check_range
+from minillm.settings.kinds import Device, Precision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen."""
+
+    temperature: Annotated[float, Doc("0 is greedy.")] = 0.7
+    top_k: Annotated[int, Doc("Keep the k likeliest tokens; 0 is all.")] = 0
+    top_p: Annotated[float, Doc("Keep the likeliest tokens up to this mass.")] = 0.9
+    repetition_penalty: Annotated[float, Doc("> 1 discourages tokens seen before.")] = 1.0
+    frequency_penalty: Annotated[float, Doc("Subtract this per earlier appearance.")] = 0.0
+    max_tokens: Annotated[int, Doc("Longest answer, in tokens.")] = 256
+    seed: Annotated[int | None, Doc("Seed of sampling; default: none.")] = None
+
+    def __post_init__(self) -> None:
+        """Reject values that no answer can be made with."""
+        check_range(self, "temperature", 0, 100)
+        check_range(self, "top_k", 0, 1_000_000)
+        check_positive(self, "top_p", "repetition_penalty", "max_tokens")
+        check_range(self, "top_p", 0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatConfig:
+    """`minillm chat`."""
+
+    model: Annotated[
+        str, Doc("Run folder, model folder or hub id; `auto` is the newest SFT run.")
+    ] = "auto"
+    backend: Annotated[
+        Literal["generator", "transformers"], Doc("Ours, or transformers' own `generate`.")
+    ] = "generator"
+    device: Device = "auto"
+    precision: Annotated[Precision, Doc("Dtype of the weights.")] = "auto"
+    system: Annotated[str, Doc("System message.")] = ""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """`minillm serve`."""
+
+    model: Annotated[
+        str, Doc("Run folder, model folder or hub id; `auto` is the newest SFT run.")
+    ] = "auto"
+    host: Annotated[str, Doc("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Doc("Port to listen on.")] = 8000
+    device: Device = "auto"
+    precision: Annotated[Precision, Doc("Dtype of the weights.")] = "auto"
+    served_model_name: Annotated[
+        str, Doc("Name that clients use; empty: the run's or folder's name.")
+    ] = ""
+    api_key: Annotated[str, Doc("Key that clients must send; empty: none.")] = ""
+    temperature: Annotated[float, Doc("For requests that choose none; 0 is greedy.")] = 0.7
+    top_p: Annotated[float, Doc("For requests that choose none.")] = 0.9
+    max_waiting: Annotated[int, Doc("Requests that may wait; one more gets a 429.")] = 64
+    drain_s: Annotated[int, Doc("Seconds that running answers get when the server stops.")] = 10
+
+    def __post_init__(self) -> None:
+        """Reject values that no server can use."""
+        check_range(self, "port", 0, 65_535)
+        check_range(self, "temperature", 0, 2)
+        check_positive(self, "top_p", "max_waiting")
+        check_range(self, "top_p", 0, 1)
+        check_range(self, "drain_s", 0, 3600)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoConfig:
+    """`minillm demo`."""
+
+    preset: Annotated[
+        Literal["quick", "standard", "long"],
+        Doc("`quick` ~2 minutes to see it run, `standard` ~10, `long` ~30, on two cores."),
+    ] = "standard"
+    out: Annotated[Path, Doc("Folder for everything the demo makes.")] = Path("demo")
+    fresh: Annotated[bool, Doc("Begin anew instead of resuming what is in --out.")] = False
+    device: Device = "auto"
