@@ -1,5 +1,6 @@
 """`minillm pretrain`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,13 @@ Out = Annotated[Path | None, typer.Option(help="Run folder; default: a new one b
 @configured(PretrainConfig, stage="pretrain")
 def pretrain(out: Out = None, *, resume: Path | None, cfg: PretrainConfig) -> None:
     """Train a model from scratch on tokenized .bin data."""
+    from minillm.train.launch import is_launched, launch
+
+    if cfg.several.nproc > 1 and not is_launched():
+        raise typer.Exit(launch(cfg.several.nproc, sys.argv[1:]))
     from minillm.train.pretrain import pretrain as run_pretrain
 
     run, outcome = run_pretrain(cfg, progress(), out=resume or out, resume=resume is not None)
-    show_run(run, outcome, "minillm prepare-sft && minillm sft", "pretrain")
+    if outcome.is_main:
+        show_run(run, outcome, "minillm prepare-sft && minillm sft", "pretrain")
     raise typer.Exit(outcome.exit_code)

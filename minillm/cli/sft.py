@@ -1,5 +1,6 @@
 """`minillm sft`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,13 @@ Out = Annotated[Path | None, typer.Option(help="Run folder; default: a new one b
 @configured(SftConfig, stage="sft")
 def sft(out: Out = None, *, resume: Path | None, cfg: SftConfig) -> None:
     """Fine-tune a pretrained model on dialogues."""
+    from minillm.train.launch import is_launched, launch
+
+    if cfg.several.nproc > 1 and not is_launched():
+        raise typer.Exit(launch(cfg.several.nproc, sys.argv[1:]))
     from minillm.train.sft import sft as run_sft
 
     run, outcome = run_sft(cfg, progress(), out=resume or out, resume=resume is not None)
-    show_run(run, outcome, "minillm chat", "sft")
+    if outcome.is_main:
+        show_run(run, outcome, "minillm chat", "sft")
     raise typer.Exit(outcome.exit_code)

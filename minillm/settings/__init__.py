@@ -6,6 +6,7 @@ A nested dataclass is a TOML table and a panel of `--help`. A leaf's name is als
 from minillm.settings.data import (
     DownloadConfig,
     IdentityConfig,
+    InspectConfig,
     MergeBinConfig,
     PrepareSftConfig,
     PrepareTokenizerConfig,
@@ -17,6 +18,7 @@ from minillm.settings.kinds import Device, Precision
 from minillm.settings.training import (
     BatchConfig,
     OptimConfig,
+    ParallelConfig,
     PretrainConfig,
     ReportConfig,
     SftConfig,
@@ -29,8 +31,10 @@ __all__ = [
     "Device",
     "DownloadConfig",
     "IdentityConfig",
+    "InspectConfig",
     "MergeBinConfig",
     "OptimConfig",
+    "ParallelConfig",
     "Precision",
     "PrepareSftConfig",
     "PrepareTokenizerConfig",

@@ -1,5 +1,7 @@
 """Checks of settings, each with the flag it is about."""
 
+import re
+
 from minillm.errors import ConfigError
 
 
@@ -23,3 +25,21 @@ def check_range(config: object, name: str, low: float, high: float) -> None:
         raise ConfigError(
             f"`{flag}` must lie between {low} and {high}, got {value}", hint=f"try `{flag} {high}`"
         )
+
+
+def duration_s(text: str) -> float:
+    """Return the seconds that `4h`, `1h30m`, `90s` or a bare number of seconds stand for.
+
+    >>> duration_s("1h30m"), duration_s("")
+    (5400.0, 0.0)
+
+    Raises:
+        ConfigError: `text` is not a duration.
+    """
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    if found is None:
+        raise ConfigError(
+            f"`{text}` is not a duration", hint="write hours, minutes and seconds: `4h`, `1h30m`"
+        )
+    units = (86_400, 3_600, 60, 1)
+    return sum(float(n or 0) * unit for n, unit in zip(found.groups(), units, strict=True))

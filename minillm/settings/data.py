@@ -120,13 +120,16 @@ class DownloadConfig:
     """`minillm download`."""
 
     sets: Annotated[
-        tuple[str, ...], Doc("Numbers or names, e.g. `9` or `deepctrl-bin`; none: the catalog.")
+        tuple[str, ...], Doc("Numbers, names, or a model's hub id; none: choose from the catalog.")
     ] = ()
     out: Annotated[Path, Doc("Folder below which each set gets its place.")] = paths.DATA
     hub: Annotated[
         Literal["auto", "modelscope", "huggingface"],
         Doc("Where to fetch from; `auto` tries each hub that has the set."),
     ] = "auto"
+    source: Annotated[
+        Path | None, Doc("Take the files from this folder instead of a hub, checked alike.")
+    ] = None
     workers: Annotated[int, Doc("Files fetched at a time.")] = 4
     verify: Annotated[
         bool, Doc("Hash what is there again instead of trusting its size and time.")
@@ -136,3 +139,22 @@ class DownloadConfig:
     def __post_init__(self) -> None:
         """Reject a download that never begins."""
         check_range(self, "workers", 1, 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectConfig:
+    """`minillm inspect`."""
+
+    path: Annotated[Path, Doc("File or folder to look at.")] = paths.DATA
+    samples: Annotated[int, Doc("Samples to show.")] = 3
+    seed: Annotated[int, Doc("Seed of the choice of samples.")] = 0
+    tokenizer: Annotated[
+        Path, Doc("Tokenizer folder; or `bundled`; or `auto`: by fingerprint, or the one nearby.")
+    ] = Path("auto")
+    text_column: Annotated[str, Doc("Name of the text column or JSON key.")] = "text"
+    verify: Annotated[bool, Doc("Also compute sha256 sums, and look at every weight.")] = False
+    json: Annotated[bool, Doc("Print JSON instead of text.")] = False
+
+    def __post_init__(self) -> None:
+        """Reject a negative number of samples."""
+        check_range(self, "samples", 0, 1000)

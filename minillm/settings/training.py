@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from annotated_doc import Doc
 
 from minillm import paths
-from minillm.settings.checks import check_positive, check_range
+from minillm.settings.checks import check_positive, check_range, duration_s
 from minillm.settings.kinds import Device, Precision
 
 
@@ -30,6 +30,10 @@ class OptimConfig:
     warmup_ratio: Annotated[float, Doc("Share of the steps spent warming up.")] = 0.02
     decay_ratio: Annotated[float, Doc("WSD: share of the steps spent decaying.")] = 0.5
     min_lr_ratio: Annotated[float, Doc("Last learning rate as a share of the peak.")] = 0.0
+    on_nonfinite: Annotated[
+        Literal["stop", "skip", "rewind"],
+        Doc("When loss or gradient is not finite: `skip` the step, or `rewind` to a checkpoint."),
+    ] = "stop"
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
@@ -71,10 +75,31 @@ class ReportConfig:
     sample_tokens: Annotated[int, Doc("Length of each sample at evaluation; 0 is none.")] = 48
     save_every: Annotated[int, Doc("Steps between checkpoints; 0 is five per run.")] = 0
     keep: Annotated[int, Doc("Newest checkpoints to keep.")] = 2
+    keep_best: Annotated[bool, Doc("Also keep the weights of the best evaluation, in best/.")] = (
+        False
+    )
+    max_time: Annotated[
+        str, Doc("Save and stop after that time, e.g. `4h`, `1h30m`; exit code 75.")
+    ] = ""
 
     def __post_init__(self) -> None:
         """Reject intervals that never come."""
         check_positive(self, "log_every", "eval_tokens", "keep")
+        duration_s(self.max_time)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """Several processes."""
+
+    nproc: Annotated[int, Doc("Processes on this machine, one per GPU; runs torchrun.")] = 1
+    parallel: Annotated[
+        Literal["ddp", "fsdp"], Doc("`ddp`: each has the whole model. `fsdp`: each has a part.")
+    ] = "ddp"
+
+    def __post_init__(self) -> None:
+        """Reject runs of nobody."""
+        check_positive(self, "nproc")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +121,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    several: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         """Reject runs of no length."""
@@ -118,6 +144,7 @@ class SftConfig:
     )
     batch: BatchConfig = field(default_factory=lambda: BatchConfig(batch_tokens=16_384))
     report: ReportConfig = field(default_factory=ReportConfig)
+    several: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         """Reject runs of no length."""

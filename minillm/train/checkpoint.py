@@ -7,18 +7,23 @@ written, so nothing is ever unpickled.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from minillm.errors import InputError
 from minillm.files import fsync_folder, fsync_tree, named_os_errors
 from minillm.paths import is_complete
+from minillm.train.distributed import like, local, whole
+from minillm.train.job import Job
 from minillm.train.optim import load_optimizer_tensors, optimizer_tensors
 from minillm.train.state import TrainState, load_rng_tensors, rng_tensors
 
@@ -31,36 +36,97 @@ TOKENIZER_FILES = (
 _STATE = "trainer_state"
 
 
-def save_checkpoint(
-    run: Path,
-    model: PreTrainedModel,
-    optimizers: Sequence[Optimizer],
-    state: TrainState,
-    tokenizer_folder: Path,
-) -> Path:
-    """Write `checkpoints/step-NNNNNNN` and return it.
+class CheckpointWriter:
+    """Writes folders of a run in the background: training goes on once everything is copied.
 
-    Raises:
-        SetupError: The disk is full; earlier checkpoints are untouched.
+    One write at a time; the next one waits for it. Only the main process writes, but with shards
+    all processes must take part in the copying.
     """
-    target = run / "checkpoints" / f"step-{state.step:07d}"
-    device = next(model.parameters()).device
 
-    def fill(folder: Path) -> None:
-        save_model(folder, model, tokenizer_folder)
-        tensors = optimizer_tensors(model, optimizers) | rng_tensors(device)
-        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(plain, folder / f"{_STATE}.safetensors")
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save_checkpoint(self, optimizers: Sequence[Optimizer], state: TrainState) -> None:
+        """Copy the whole state of the run and write `checkpoints/step-NNNNNNN`.
+
+        Raises:
+            SetupError: The disk is full; earlier checkpoints are untouched. Raised here for the
+                write before, and by `wait` for this one.
+        """
+        job = self._job
+        weights = _copies(job.model.state_dict(), keep=job.world.is_main)
+        tensors = _copies(optimizer_tensors(job.model, optimizers), keep=job.world.is_main)
+        for own in job.world.gather(rng_tensors(job.device, job.world.rank)):
+            tensors |= own
         text = json.dumps(state.to_json(), indent=1)
-        (folder / f"{_STATE}.json").write_text(text, encoding="utf-8")
+        target = job.run / "checkpoints" / f"step-{state.step:07d}"
 
-    write_folder(target, fill)
-    return target
+        def fill(folder: Path) -> None:
+            save_model(folder, job.model, job.tokenizer_folder, weights)
+            plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(plain, folder / f"{_STATE}.safetensors")
+            (folder / f"{_STATE}.json").write_text(text, encoding="utf-8")
+
+        def write() -> None:
+            write_folder(target, fill)
+            prune_checkpoints(job.run, job.report.keep)
+
+        self._begin(write)
+
+    def save_weights(self, target: Path) -> None:
+        """Copy the weights and write a model's folder: `final`, `best`."""
+        job = self._job
+        weights = _copies(job.model.state_dict(), keep=job.world.is_main)
+
+        def fill(folder: Path) -> None:
+            save_model(folder, job.model, job.tokenizer_folder, weights)
+
+        self._begin(lambda: write_folder(target, fill))
+
+    def _begin(self, write: Callable[[], None]) -> None:
+        self.wait()
+        if self._job.world.is_main:
+            self._pending = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what went wrong with a write that has ended; do not wait for one that has not."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when everything is on the disk; raise what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
 
-def save_model(folder: Path, model: PreTrainedModel, tokenizer_folder: Path) -> None:
+def _copies(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, each storage once; nothing where `keep` is false."""
+    made: dict[Any, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if not keep:
+            continue
+        place = (_address(tensor), tensor.shape)
+        if place not in made:
+            made[place] = full.to("cpu", copy=True)
+        copies[name] = made[place]
+    return copies
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where a tensor's memory begins; tied weights share it."""
+    return local(tensor).data_ptr()
+
+
+def save_model(
+    folder: Path, model: PreTrainedModel, tokenizer_folder: Path, weights: dict[str, Tensor]
+) -> None:
     """Write weights, config and tokenizer: what `AutoModelForCausalLM.from_pretrained` takes."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     for name in TOKENIZER_FILES:
         if (tokenizer_folder / name).is_file():
             shutil.copyfile(tokenizer_folder / name, folder / name)
@@ -95,39 +161,60 @@ class _safetensors_os_errors:  # noqa: N801 - reads as a context, like contextli
             raise OSError(28, "No space left on device") from error
 
 
-def load_checkpoint(
-    folder: Path,
-    model: PreTrainedModel,
-    optimizers: Sequence[Optimizer],
-) -> TrainState:
-    """Restore weights, optimizer and random state in place, and return the position.
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Restore the weights of a checkpoint in place, all of them or the shards that are here.
 
     Raises:
-        InputError: A file is missing or damaged.
+        InputError: A file is missing or damaged, or of another model.
     """
-    device = next(model.parameters()).device
     model_class: Any = type(model)
-    try:
+    with _named_damage(folder):
         # by the model's own class: names on disk may differ from those in memory (experts)
         loaded, info = model_class.from_pretrained(
             folder, dtype=model.dtype, local_files_only=True, output_loading_info=True
         )
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong or loaded.state_dict().keys() != model.state_dict().keys():
+        raise InputError(f"checkpoint `{folder}` does not fit the model: {', '.join(wrong[:3])}")
+    for name, tensor in model.state_dict().items():
+        own = like(loaded.state_dict()[name].to(tensor.device), tensor)
+        local(tensor).copy_(local(own))
+
+
+def load_position(folder: Path) -> TrainState:
+    """Read where a checkpoint stands.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    with _named_damage(folder):
+        text = (folder / f"{_STATE}.json").read_text(encoding="utf-8")
+        return TrainState.from_json(json.loads(text))
+
+
+def load_optimizers(folder: Path, job: Job, optimizers: Sequence[Optimizer]) -> None:
+    """Restore the state of optimizers and random generators in place.
+
+    Raises:
+        InputError: The file is missing or damaged.
+    """
+    with _named_damage(folder):
         tensors = load_file(folder / f"{_STATE}.safetensors")
-        position = json.loads((folder / f"{_STATE}.json").read_text(encoding="utf-8"))
+    load_optimizer_tensors(
+        job.model, optimizers, {k: v for k, v in tensors.items() if not k.startswith("rng.")}
+    )
+    load_rng_tensors(tensors, job.device, job.world.rank)
+
+
+@contextmanager
+def _named_damage(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError, ValueError) as error:
         raise InputError(
             f"checkpoint `{folder}` is damaged: {error}",
             hint=f"remove it (`rm -r {folder}`) and resume again from the one before",
         ) from None
-    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
-    if wrong or loaded.state_dict().keys() != model.state_dict().keys():
-        raise InputError(f"checkpoint `{folder}` does not fit the model: {', '.join(wrong[:3])}")
-    model.load_state_dict(loaded.state_dict())
-    load_optimizer_tensors(
-        model, optimizers, {k: v for k, v in tensors.items() if not k.startswith("rng.")}
-    )
-    load_rng_tensors(tensors, device)
-    return TrainState.from_json(position)
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -21,20 +21,26 @@ def evaluate(job: Job) -> dict[str, float]:
         that compares models with different tokenizers.
     """
     job.model.eval()
-    nats, tokens, text_bytes = 0.0, 0, 0
-    for first in range(0, job.source.num_val, job.micro_rows):
-        count = min(job.micro_rows, job.source.num_val - first)
-        rows = job.source.val_rows(first, count)
+    world, num_val, rows_each = job.world, job.source.num_val, job.micro_rows
+    nats, tokens, text_bytes = 0.0, 0.0, 0.0
+    num_batches = -(-num_val // rows_each)
+    for turn in range(-(-num_batches // world.size)):
+        # each process takes its batches in turn; one that has none left computes another's again,
+        # because with shards all must take part
+        index = turn * world.size + world.rank
+        is_own = index < num_batches
+        first = (index if is_own else 0) * rows_each
+        rows = job.source.val_rows(first, min(rows_each, num_val - first))
         valid = rows.shift_labels != IGNORE
         num_valid = int(valid.sum())
-        if num_valid == 0:
-            continue
         with job.autocast():
             loss = job.model(**job.tensors(rows), **job.loss_options(num_valid)).loss
-        nats += float(loss) * num_valid
-        tokens += num_valid
-        text_bytes += int(job.byte_lengths[rows.shift_labels[valid]].sum())
+        if is_own:
+            nats += float(loss) * num_valid
+            tokens += num_valid
+            text_bytes += int(job.byte_lengths[rows.shift_labels[valid]].sum())
     job.model.train()
+    nats, tokens, text_bytes = world.sum(nats, tokens, text_bytes)
     if tokens == 0:
         return {}
     loss_per_token = nats / tokens

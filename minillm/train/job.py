@@ -1,7 +1,7 @@
 """The pieces of a run, put together by `pretrain` and `sft` and driven by `loop`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minillm.data.windows import Rows
+from minillm.errors import ConfigError
 from minillm.models.base import MiniPreTrainedModel
 from minillm.settings import BatchConfig, OptimConfig, ReportConfig
+from minillm.train.distributed import World
 
 CPU_MICRO_TOKENS = 4_096
 GPU_MICRO_TOKENS = 32_768
@@ -57,6 +59,17 @@ class Job:
     total_steps: int
     device: torch.device
     dtype: torch.dtype
+    world: World = field(default_factory=World)
+    parallel: str = "ddp"
+
+    def __post_init__(self) -> None:
+        """Reject a batch that cannot be dealt out evenly."""
+        if self.step_rows % self.world.size:
+            rows = -(-self.step_rows // self.world.size) * self.world.size
+            raise ConfigError(
+                f"a step of {self.step_rows} rows cannot be split over {self.world.size} processes",
+                hint=f"try `--batch-tokens {rows * self.batch.sequence_length}`",
+            )
 
     @property
     def step_rows(self) -> int:
@@ -65,11 +78,12 @@ class Job:
 
     @property
     def micro_rows(self) -> int:
-        """Rows of one forward pass."""
+        """Rows of one forward pass, as asked for or by the device."""
+        own_rows = self.step_rows // self.world.size
         if self.batch.micro_batch:
-            return min(self.batch.micro_batch, self.step_rows)
+            return min(self.batch.micro_batch, own_rows)
         budget = GPU_MICRO_TOKENS if self.device.type == "cuda" else CPU_MICRO_TOKENS
-        return max(1, min(self.step_rows, budget // self.batch.sequence_length))
+        return max(1, min(own_rows, budget // self.batch.sequence_length))
 
     @property
     def eval_every(self) -> int:
@@ -103,3 +117,13 @@ class Job:
     def autocast(self) -> torch.autocast:
         """Compute in `dtype`; weights and optimizer stay fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def main_first(world: World, out: Path | None, build: Callable[[Path | None], Job]) -> Job:
+    """Build a job in the main process, then, into the same run folder, in the others.
+
+    What is wrong with the input is so said once, and what is written is there for all.
+    """
+    job = build(out) if world.is_main else None
+    run = world.share(job.run if job else None)
+    return job or build(run)

@@ -2,42 +2,41 @@
 
 Pretraining and fine-tuning differ only in the rows they feed. A run stopped by a signal or a kill
 continues bit for bit on a CPU: sample order, optimizer, random state and the running averages of
-the log are all part of a checkpoint.
+the log are all part of a checkpoint. Several processes run the same loop on parts of each step.
 """
 
 import gc
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from rich.cells import chop_cells
-from torch import Tensor
 from torch.optim import Optimizer
 from transformers.utils import logging as hf_logging
 
-from minillm.data.windows import IGNORE
 from minillm.device import peak_flops, peak_memory_bytes
 from minillm.errors import RunError
 from minillm.files import human_count
 from minillm.log import Progress, task
 from minillm.models.base import MiniPreTrainedModel, flops_per_token
+from minillm.settings.checks import duration_s
 from minillm.train.checkpoint import (
-    load_checkpoint,
+    CheckpointWriter,
+    load_optimizers,
+    load_position,
+    load_weights,
     newest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-    save_model,
-    write_folder,
 )
+from minillm.train.distributed import Parallel
 from minillm.train.evaluate import evaluate, write_samples
+from minillm.train.faults import handle_nonfinite, is_out_of_memory, is_spike
 from minillm.train.job import Job
 from minillm.train.metrics import MetricLog
-from minillm.train.optim import build_optimizers, set_lr
+from minillm.train.optim import build_optimizers
 from minillm.train.schedule import lr_share
-from minillm.train.signals import StopRequest
+from minillm.train.signals import CODES, StopRequest
 from minillm.train.state import TrainState
+from minillm.train.step import Gradients, Stepper
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,48 +45,55 @@ class Outcome:
 
     state: TrainState
     exit_code: int
-    """0 when finished; 130 or 143 when stopped by Ctrl-C or SIGTERM, after saving."""
+    """0 when finished; 130, 143 or 75 when stopped by Ctrl-C, SIGTERM or its time, after saving."""
+    is_main: bool = True
+    """Whether this process is the one that reports."""
 
 
 def train(job: Job, progress: Progress, *, resume: bool) -> Outcome:
-    """Run `job` to its last step, or until a signal; write checkpoints and `final/`.
+    """Run `job` to its last step, or until it is asked to stop; write checkpoints and `final/`.
 
     Raises:
-        RunError: The loss or the gradient is not finite; nothing was updated with it.
+        RunError: The loss or the gradient is not finite, or memory ran out; nothing was updated.
         SetupError: The disk is full; the last checkpoint is intact.
     """
     hf_logging.disable_progress_bar()  # a bar per saved file would break into ours
     model = job.model.train()
     if job.batch.activation_checkpointing:
         model.activation_checkpointing_enable()
-    optimizers = build_optimizers(model, job.optim, job.device)
-    state = TrainState()
     checkpoint = newest_checkpoint(job.run) if resume else None
+    state = TrainState()
     if checkpoint is not None:
-        state = load_checkpoint(checkpoint, model, optimizers)
-    log = MetricLog(job.run, state)
-    forward = _compiled(job)
+        state = load_position(checkpoint)
+        load_weights(checkpoint, model)
+    parallel = Parallel(model, job.world, job.parallel, is_compiled=_is_compiled(job))
+    optimizers = build_optimizers(model, job.optim, job.device)
+    if checkpoint is not None:
+        load_optimizers(checkpoint, job, optimizers)
     gc.collect()
     gc.freeze()  # long-lived objects: the collector need not walk them between steps
     try:
-        with StopRequest() as stop, task(progress, job.stage, job.total_steps, "steps"):
+        with (
+            StopRequest(duration_s(job.report.max_time)) as stop,
+            task(progress, job.stage, job.total_steps, "steps"),
+        ):
             progress.advance(state.step)
-            _Loop(job, optimizers, state, log, progress, forward, stop).run()
+            loop = _Loop(job, parallel, optimizers, state, progress, stop)
+            try:
+                loop.run()
+            finally:
+                loop.close()
     finally:
-        log.close()
         gc.unfreeze()
-    if stop.signal is not None:
-        return Outcome(state, stop.exit_code)
-    write_folder(job.run / "final", lambda f: save_model(f, model, job.tokenizer_folder))
-    return Outcome(state, 0)
+    if not stop.exit_code:
+        loop.writer.save_weights(job.run / "final")
+    loop.writer.wait()
+    return Outcome(loop.state, stop.exit_code, job.world.is_main)
 
 
-def _compiled(job: Job) -> Callable[..., object]:
+def _is_compiled(job: Job) -> bool:
     wanted = job.batch.compile
-    if wanted == "off" or (wanted == "auto" and job.device.type != "cuda"):
-        return job.model
-    compiled: Callable[..., object] = torch.compile(job.model, fullgraph=True, dynamic=False)
-    return compiled
+    return wanted == "on" or (wanted == "auto" and job.device.type == "cuda")
 
 
 class _Loop:
@@ -96,19 +102,24 @@ class _Loop:
     def __init__(
         self,
         job: Job,
+        parallel: Parallel,
         optimizers: list[Optimizer],
         state: TrainState,
-        log: MetricLog,
         progress: Progress,
-        forward: Callable[..., object],
         stop: StopRequest,
     ) -> None:
-        self.job, self.optimizers, self.state, self.log = job, optimizers, state, log
-        self.progress, self.forward, self.stop = progress, forward, stop
-        self.parameters = [p for p in job.model.parameters() if p.requires_grad]
+        self.job, self.parallel, self.optimizers = job, parallel, optimizers
+        self.state, self.progress, self.stop = state, progress, stop
+        micro_rows = job.micro_rows
+        if state.micro_rows and not job.batch.micro_batch:
+            micro_rows = min(state.micro_rows, micro_rows)
+        self.stepper = Stepper(job, parallel, optimizers, micro_rows)
+        self.writer = CheckpointWriter(job)
+        self.log = MetricLog(job.run, state) if job.world.is_main else None
         self.flops = flops_per_token(job.model, job.batch.sequence_length)
-        self.peak = peak_flops(job.device, job.dtype)
+        self.peak = peak_flops(job.device, job.dtype) * job.world.size
         self.timer, self.timed_tokens = time.perf_counter(), 0
+        self.is_first, self.last_norm = True, 0.0
 
     def run(self) -> None:
         """Step until done or asked to stop. A stop saves the last whole step."""
@@ -116,21 +127,31 @@ class _Loop:
         if state.eval_step != state.step and self.is_eval_due():
             self.evaluate()
         saved = state.step
-        while state.step < job.total_steps and self.stop.signal is None:
+        while self.state.step < job.total_steps and not self.is_stopped():
             if not self.step():
                 break  # stopped inside a step: its gradients are dropped, it will be done again
-            is_last = state.step == job.total_steps
-            if state.step % job.report.log_every == 0 or is_last:
+            step = self.state.step
+            is_last = step == job.total_steps
+            if step % job.report.log_every == 0 or is_last:
                 self.write_metrics()
-            if state.step % job.save_every == 0 or is_last:
+                self.writer.check()
+            if step % job.save_every == 0 or is_last:
                 self.save()  # before evaluating, which may fail
-                saved = state.step
+                saved = step
             if self.is_eval_due():
                 self.evaluate()
                 if is_last:
                     self.save()  # again, with the last evaluation in it
-        if saved != state.step:
+        if saved != self.state.step:
             self.save()
+
+    def is_stopped(self) -> bool:
+        """Agree with the other processes whether to stop."""
+        asked = self.job.world.sum(*(float(self.stop.exit_code == code) for code in CODES))
+        for code, votes in zip(CODES, asked, strict=True):
+            if votes:
+                self.stop.exit_code = code
+        return bool(self.stop.exit_code)
 
     def is_eval_due(self) -> bool:
         """Evaluate at step 0, every so often, and at the end."""
@@ -140,62 +161,102 @@ class _Loop:
     def step(self) -> bool:
         """Do one optimizer step; return False if a signal came in the middle."""
         job, state = self.job, self.state
+        if state.step + 1 in state.skipped:
+            self.leave_out()
+            return True
         started = time.perf_counter()
-        micro = [
-            job.source.rows(state.samples + at, min(job.micro_rows, job.step_rows - at))
-            for at in range(0, job.step_rows, job.micro_rows)
-        ]
-        # the loss is a mean over the labels of the whole step, however it is cut
-        num_labels = sum(int((rows.shift_labels != IGNORE).sum()) for rows in micro)
-        loss: Tensor = torch.zeros((), device=job.device)
-        for rows in micro:
-            if self.stop.signal is not None:
-                self.clear_gradients()
-                return False
-            with job.autocast():
-                output = self.forward(**job.tensors(rows), **job.loss_options(num_labels))
-            output.loss.backward()  # type: ignore[attr-defined]
-            loss += output.loss.detach()  # type: ignore[attr-defined]
-
-        limit = job.optim.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        if not math.isfinite(float(loss)) or not math.isfinite(float(norm)):
-            raise RunError(
-                f"step {state.step + 1}: loss is {float(loss)}, gradient norm {float(norm)}",
-                hint=f"start again with lower rates: `minillm {job.stage} --config "
-                f"{job.run / 'run.toml'} --lr {job.optim.lr / 2:g} "
-                f"--muon-lr {job.optim.muon_lr / 2:g}`",
+        found = self.backward()
+        if found is None:
+            return False
+        if not found.is_finite:
+            action = handle_nonfinite(job, state, self.stepper.rows(state.samples), found)
+            self.stepper.clear()
+            state.skipped.append(state.step + 1)
+            self.progress.line(
+                f"step {state.step + 1}: loss {found.loss}, gradient norm {found.norm}: {action}"
             )
-        if isinstance(job.model, MiniPreTrainedModel):
-            job.model.update_router_bias()
-        set_lr(self.optimizers, lr_share(state.step, job.total_steps, job.optim))
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.clear_gradients()
-
+            if action == "rewind":
+                self.rewind()
+            else:
+                self.leave_out()
+            return True
+        self.stepper.update(lr_share(state.step, job.total_steps, job.optim))
         state.step += 1
         state.samples += job.step_rows
-        tokens = sum(rows.input_ids.size for rows in micro)
-        state.tokens += tokens
-        state.window_loss += float(loss)
+        state.tokens += found.tokens
+        state.window_loss += found.loss
         state.window_steps += 1
         state.train_seconds += time.perf_counter() - started
-        self.timed_tokens += tokens
-        self.last_norm = float(norm)
+        self.timed_tokens += found.tokens
+        self.last_norm = found.norm
+        if is_spike(state, found.loss):
+            self.progress.line(
+                f"step {state.step}: loss jumped to {found.loss:.3f} from {state.spike_mean:.3f}"
+            )
         self.progress.advance(1)
         return True
 
-    def clear_gradients(self) -> None:
-        """Drop the gradients of a step."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+    def backward(self) -> Gradients | None:
+        """Compute the gradients of the next step; the first time, with rows that fit into memory.
+
+        Raises:
+            RunError: Memory ran out.
+        """
+        stepper, state, model = self.stepper, self.state, self.job.model
+        kept = {name: b.clone() for name, b in model.named_buffers()} if self.is_first else {}
+        while True:
+            try:
+                micro = stepper.rows(state.samples)
+                found = stepper.backward(micro, lambda: bool(self.stop.exit_code))
+            except (RuntimeError, MemoryError) as error:
+                rows = stepper.micro_rows
+                if not is_out_of_memory(error):
+                    raise
+                if not self.is_first or self.job.world.size > 1 or rows == 1:
+                    raise RunError(
+                        f"out of memory at step {state.step + 1} with {rows} rows at a time",
+                        hint=f"`minillm {self.job.stage} --resume {self.job.run} --micro-batch "
+                        f"{max(1, rows // 2)} --activation-checkpointing` needs less",
+                    ) from None
+            else:
+                self.is_first, state.micro_rows = False, stepper.micro_rows
+                return found
+            # outside of `except`, whose frame would keep the tensors of the failed attempt alive
+            stepper.clear()
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
+            stepper.micro_rows = rows // 2
+            self.progress.line(f"out of memory: {rows // 2} rows at a time instead of {rows}")
+
+    def leave_out(self) -> None:
+        """Count a step whose gradient was not finite, without its update."""
+        self.state.step += 1
+        self.state.samples += self.job.step_rows
+        self.progress.advance(1)
+
+    def rewind(self) -> None:
+        """Go back to the last checkpoint; without one, leave out the step alone."""
+        self.writer.wait()
+        checkpoint = newest_checkpoint(self.job.run)
+        if checkpoint is None:
+            self.leave_out()
+            return
+        skipped, before = self.state.skipped, self.state.step
+        load_weights(checkpoint, self.job.model)
+        load_optimizers(checkpoint, self.job, self.optimizers)
+        self.state = load_position(checkpoint)
+        self.state.skipped = skipped
+        self.progress.advance(self.state.step - before)
+        if self.log is not None:
+            self.log.close()
+            self.log = MetricLog(self.job.run, self.state)
 
     def write_metrics(self) -> None:
         """Log the mean loss since the last line, and the speed."""
         state, job = self.state, self.job
         seconds = max(time.perf_counter() - self.timer, 1e-9)
         rate = self.timed_tokens / seconds
-        loss = state.window_loss / state.window_steps
+        loss = state.window_loss / max(1, state.window_steps)
         values = {
             "loss": loss,
             "ppl": math.exp(min(loss, 700.0)),
@@ -209,7 +270,8 @@ class _Loop:
             values |= {name: float(value) for name, value in job.model.metrics.items()}
         if self.peak:
             values["mfu"] = rate * self.flops / self.peak
-        self.log.write("train", state.step, values)
+        if self.log is not None and state.window_steps:
+            self.log.write("train", state.step, values)
         mfu = f"  MFU {values['mfu']:.0%}" if self.peak else ""
         self.progress.note(f"loss {loss:.3f}  {human_count(rate)} tok/s{mfu}")
         state.window_loss, state.window_steps = 0.0, 0
@@ -218,28 +280,39 @@ class _Loop:
     def evaluate(self) -> None:
         """Validate and write samples; keep the first result to compare with."""
         paused = time.perf_counter()
-        state, values = self.state, evaluate(self.job)
+        job, state = self.job, self.state
+        values = evaluate(job)
         state.eval_step = state.step
         if values:
             state.first_eval = state.first_eval or values
             state.last_eval = values
-            self.log.write("eval", state.step, values)
+            if self.log is not None:
+                self.log.write("eval", state.step, values)
             self.progress.line(
-                f"step {state.step}/{self.job.total_steps}: validation loss {values['loss']:.3f}, "
+                f"step {state.step}/{job.total_steps}: validation loss {values['loss']:.3f}, "
                 f"ppl {values['ppl']:.1f}, {values['bpb']:.3f} bits per byte"
             )
-        for number, (prompt, text) in enumerate(write_samples(self.job) if state.step else []):
-            self.log.write_text(f"sample/{number}", state.step, f"{prompt} → {text}")
-            self.progress.line(sample_line(prompt, text))
+            if job.report.keep_best and state.step and values["bpb"] < state.best_bpb:
+                state.best_bpb = values["bpb"]
+                self.writer.save_weights(job.run / "best")
+        # with shards, every process must take part in a forward pass
+        if state.step and (job.world.is_main or self.parallel.is_sharded):
+            for number, (prompt, text) in enumerate(write_samples(job)):
+                if self.log is not None:
+                    self.log.write_text(f"sample/{number}", state.step, f"{prompt} → {text}")
+                self.progress.line(sample_line(prompt, text))
         self.timer += time.perf_counter() - paused  # speed is that of training alone
 
     def save(self) -> None:
-        """Write a checkpoint and drop old ones."""
+        """Begin to write a checkpoint; old ones are dropped once it is there."""
         paused = time.perf_counter()
-        job = self.job
-        save_checkpoint(job.run, job.model, self.optimizers, self.state, job.tokenizer_folder)
-        prune_checkpoints(job.run, job.report.keep)
+        self.writer.save_checkpoint(self.optimizers, self.state)
         self.timer += time.perf_counter() - paused
+
+    def close(self) -> None:
+        """Flush the log."""
+        if self.log is not None:
+            self.log.close()
 
 
 def sample_line(prompt: str, text: str) -> str:

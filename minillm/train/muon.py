@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from minillm.device import has_bf16
+from minillm.train.distributed import like, local
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
 
 class Muon(Optimizer):
-    """Muon for 2-D parameters.
+    """Muon for matrices and stacks of them, such as experts.
 
     Args:
-        params: Matrices (out, in).
+        params: Matrices (out, in), or stacks (N, out, in).
         lr: Learning rate; each update has spectral norm about `lr * sqrt(max(1, out / in))`.
         weight_decay: Decoupled weight decay.
         momentum: Nesterov momentum.
@@ -62,30 +64,45 @@ class Muon(Optimizer):
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum_buffer"])
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            buffers.append(local(state["momentum_buffer"]))
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         nesterov = torch._foreach_lerp(gradients, buffers, momentum)
-        updates = orthogonalize(torch.stack(nesterov))
-        rows, columns = parameters[0].shape
-        weights: list[Tensor] = list(parameters)
+        pieces = zip(nesterov, parameters, strict=True)
+        updates = orthogonalize(torch.stack([_whole(piece, p) for piece, p in pieces]))
+        own = [local(like(u, p)) for u, p in zip(updates.unbind(), parameters, strict=True)]
+        rows, columns = parameters[0].shape[-2:]
+        weights = [local(parameter) for parameter in parameters]
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(
-            weights, list(updates.unbind()), alpha=-lr * math.sqrt(max(1, rows / columns))
-        )
+        torch._foreach_add_(weights, own, alpha=-lr * math.sqrt(max(1, rows / columns)))
+
+
+def _whole(piece: Tensor, parameter: Tensor) -> Tensor:
+    """Return the matrix of which `piece` is the part here: a single one's norm needs all of it."""
+    if not isinstance(parameter, DTensor):
+        return piece
+    return DTensor.from_local(
+        piece,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    ).full_tensor()
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Push the singular values of each matrix towards 1 by five quintic Newton-Schulz steps.
 
     Args:
-        matrices: (N, rows, columns).
+        matrices: (..., rows, columns).
 
     Returns:
         The same shape and dtype; singular values lie roughly within 0.7 and 1.2.
     """
     is_fast = has_bf16(matrices.device)
     x = matrices.to(torch.bfloat16 if is_fast else torch.float32)
+    x = x.flatten(0, -3)
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT
@@ -94,4 +111,4 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     for _ in range(_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).to(matrices.dtype)
+    return (x.mT if is_tall else x).to(matrices.dtype).view_as(matrices)

@@ -1,8 +1,8 @@
 """Parameter groups and optimizers, and their state as named tensors.
 
-Muon (`minillm.train.muon`) updates the weight matrices inside the blocks,
-AdamW the embeddings, the head, vectors and anything that is not a matrix. Weight decay applies to
-the matrices only.
+Muon (`minillm.train.muon`) updates the weight matrices inside the blocks and the stacks of
+matrices of experts, AdamW the embeddings, the head, vectors and whatever else is not a matrix.
+Weight decay applies to the matrices only.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from minillm.models.moe import Experts
 from minillm.settings import OptimConfig
+from minillm.train.distributed import like, whole
 from minillm.train.muon import Muon
 
 
@@ -33,7 +35,7 @@ def build_optimizers(model: nn.Module, cfg: OptimConfig, device: torch.device) -
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return (matrices inside blocks, everything else), each parameter once."""
+    """Return (matrices inside blocks, everything else), each trained parameter once."""
     outer = {
         id(parameter)
         for module in model.modules()
@@ -43,10 +45,18 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     head = getattr(model, "lm_head", None)
     if isinstance(head, nn.Linear):
         outer |= {id(parameter) for parameter in head.parameters()}
+    stacks = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Experts)
+        for parameter in module.parameters()
+    }
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
-        is_matrix = parameter.ndim == 2 and id(parameter) not in outer
+        if not parameter.requires_grad:
+            continue
+        is_matrix = id(parameter) in stacks or (parameter.ndim == 2 and id(parameter) not in outer)
         (matrices if is_matrix else others).append(parameter)
     return matrices, others
 
@@ -59,10 +69,10 @@ def set_lr(optimizers: Sequence[Optimizer], share: float) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Return every state tensor, named `<optimizer>.<parameter>.<key>`."""
+    """Return every state tensor in one piece, named `<optimizer>.<parameter>.<key>`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{index}.{names[id(parameter)]}.{key}": value
+        f"{index}.{names[id(parameter)]}.{key}": whole(value)
         for index, optimizer in enumerate(optimizers)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
@@ -79,5 +89,5 @@ def load_optimizer_tensors(
         name, key = rest.rsplit(".", 1)
         parameter = parameters[name]
         # AdamW counts steps in a CPU tensor unless fused on CUDA; moments live beside the weight
-        target = value.to(parameter.device) if value.ndim else value
+        target = like(value.to(parameter.device), parameter) if value.ndim else value
         optimizers[int(index)].state[parameter][key] = target

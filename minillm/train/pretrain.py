@@ -16,12 +16,13 @@ from minillm.data.tokenizer import (
     token_byte_lengths,
 )
 from minillm.data.windows import Rows, Windows
-from minillm.device import pick_device, pick_dtype
+from minillm.device import pick_dtype
 from minillm.errors import InputError
-from minillm.log import Progress
+from minillm.log import Progress, Silent
 from minillm.models import registry
 from minillm.settings import PretrainConfig
-from minillm.train.job import Job
+from minillm.train.distributed import World, join_world
+from minillm.train.job import Job, main_first
 from minillm.train.loop import Outcome, train
 from minillm.train.report import write_report
 from minillm.train.run_folder import begin_run
@@ -76,7 +77,19 @@ def pretrain(
         ConfigError: Unknown model, or settings that cannot work together.
         InputError: Data or tokenizer are missing, malformed, or do not belong together.
     """
-    device = pick_device(cfg.batch.device)
+    with join_world(cfg.batch.device) as (world, device):
+        if not world.is_main:
+            progress = Silent()
+        job = main_first(world, out, lambda run: _build_job(cfg, world, device, run, resume))
+        outcome = train(job, progress, resume=resume)
+        if world.is_main:
+            write_report(job, outcome.state, to_plain(cfg))
+    return job.run, outcome
+
+
+def _build_job(
+    cfg: PretrainConfig, world: World, device: torch.device, out: Path | None, resume: bool
+) -> Job:
     data = _find_data(cfg)
     folder = _find_tokenizer_folder(cfg, data)
     tokenizer = load_tokenizer(folder)
@@ -91,12 +104,12 @@ def pretrain(
         bos_token_id=None,
     )
     facts = {"data_sha256": file.manifest.sha256, "tokenizer_sha256": fingerprint(folder)}
-    run = begin_run(cfg, "pretrain", cfg.model, out, facts, resume)
+    run = begin_run(cfg, "pretrain", cfg.model, out, facts, resume, world)
     torch.manual_seed(cfg.seed)
     model = registry.build_model(config)
     model.to(device)  # type: ignore[arg-type]  # its wrapper hides the argument's type
     step_rows = max(1, cfg.batch.batch_tokens // cfg.batch.sequence_length)
-    job = Job(
+    return Job(
         stage="pretrain",
         run=run,
         model=model,
@@ -110,10 +123,9 @@ def pretrain(
         total_steps=cfg.steps or max(1, round(cfg.epochs * len(source) / step_rows)),
         device=device,
         dtype=pick_dtype(cfg.batch.precision, device),
+        world=world,
+        parallel=cfg.several.parallel,
     )
-    outcome = train(job, progress, resume=resume)
-    write_report(job, outcome.state, to_plain(cfg))
-    return run, outcome
 
 
 def _find_data(cfg: PretrainConfig) -> Path:

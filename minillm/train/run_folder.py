@@ -17,14 +17,21 @@ from minillm.config import knobs, read_toml, to_plain, write_toml
 from minillm.device import describe
 from minillm.errors import ConfigError, InputError
 from minillm.files import named_os_errors
+from minillm.train.distributed import World
 
-# what may change when a run continues: none of it touches the numbers of a step
-_FREE = {"device", "compile", "activation_checkpointing"}
-_FREE_SECTIONS = {"report"}
+# what may change when a run continues: none of it touches the numbers of a step beyond rounding
+_FREE = {"device", "compile", "activation_checkpointing", "micro_batch", "on_nonfinite"}
+_FREE_SECTIONS = {"report", "several"}
 
 
 def begin_run(
-    cfg: Any, stage: str, name: str, out: Path | None, facts: Mapping[str, str], resume: bool
+    cfg: Any,
+    stage: str,
+    name: str,
+    out: Path | None,
+    facts: Mapping[str, str],
+    resume: bool,
+    world: World,
 ) -> Path:
     """Return the run's folder, created or, when resuming, checked.
 
@@ -35,11 +42,15 @@ def begin_run(
         out: The folder, or None for a new one below `runs/`.
         facts: Fingerprints of data and tokenizer.
         resume: Continue in `out`.
+        world: The processes of the run; the main one creates the folder.
 
     Raises:
         ConfigError: `out` holds a run already, or a changed setting would break the resume.
         InputError: Data or tokenizer are not what the run began with.
     """
+    if not world.is_main:
+        assert out is not None, "the main process has made it"
+        return out
     run = out or paths.new_run_folder(paths.RUNS, stage, name)
     file = run / paths.RUN_FILE
     if file.is_file():

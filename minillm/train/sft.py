@@ -11,12 +11,13 @@ from minillm.config import to_plain
 from minillm.data.sft_rows import SftRow, SftRows
 from minillm.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
 from minillm.data.windows import IGNORE, Rows, permute
-from minillm.device import pick_device, pick_dtype
+from minillm.device import pick_dtype
 from minillm.errors import InputError
-from minillm.log import Progress
+from minillm.log import Progress, Silent
 from minillm.models.load import load_model
 from minillm.settings import SftConfig
-from minillm.train.job import Job
+from minillm.train.distributed import World, join_world
+from minillm.train.job import Job, main_first
 from minillm.train.loop import Outcome, train
 from minillm.train.report import write_report
 from minillm.train.run_folder import begin_run
@@ -121,7 +122,19 @@ def sft(
     Raises:
         InputError: Model or data are missing, malformed, or made with different tokenizers.
     """
-    device = pick_device(cfg.batch.device)
+    with join_world(cfg.batch.device) as (world, device):
+        if not world.is_main:
+            progress = Silent()
+        job = main_first(world, out, lambda run: _build_job(cfg, world, device, run, resume))
+        outcome = train(job, progress, resume=resume)
+        if world.is_main:
+            write_report(job, outcome.state, to_plain(cfg))
+    return job.run, outcome
+
+
+def _build_job(
+    cfg: SftConfig, world: World, device: torch.device, out: Path | None, resume: bool
+) -> Job:
     folder = _find_model(cfg)
     data = _find_data(cfg)
     tokenizer = load_tokenizer(folder)
@@ -134,7 +147,7 @@ def sft(
         )
     facts = {"data_sha256": rows.sha256, "tokenizer_sha256": fingerprint(folder)}
     name = _model_name(folder)
-    run = begin_run(cfg, "sft", name, out, facts, resume)
+    run = begin_run(cfg, "sft", name, out, facts, resume, world)
     torch.manual_seed(cfg.seed)
     model, _ = load_model(folder, device=device)
     source = SftSource(
@@ -145,7 +158,7 @@ def sft(
         max_val_tokens=cfg.report.eval_tokens,
     )
     step_rows = max(1, cfg.batch.batch_tokens // cfg.batch.sequence_length)
-    job = Job(
+    return Job(
         stage="sft",
         run=run,
         model=model,
@@ -159,10 +172,9 @@ def sft(
         total_steps=cfg.steps or max(1, round(cfg.epochs * len(source) / step_rows)),
         device=device,
         dtype=pick_dtype(cfg.batch.precision, device),
+        world=world,
+        parallel=cfg.several.parallel,
     )
-    outcome = train(job, progress, resume=resume)
-    write_report(job, outcome.state, to_plain(cfg))
-    return run, outcome
 
 
 def _find_model(cfg: SftConfig) -> Path:

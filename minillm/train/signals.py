@@ -2,20 +2,30 @@
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
+TIME_UP = 75
+"""Exit code of a run whose `--max-time` is over: EX_TEMPFAIL, "try again later" (sysexits.h)."""
+
+CODES = (128 + signal.SIGINT, 128 + signal.SIGTERM, TIME_UP)
+
 
 class StopRequest:
-    """While active, remembers the signal that asked to stop.
+    """While active, remembers what asked to stop: a signal, or the clock.
 
     >>> with StopRequest() as stop:
-    ...     stop.signal is None
-    True
+    ...     stop.exit_code
+    0
+
+    Args:
+        time_s: Ask after that many seconds; 0 is never.
     """
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    def __init__(self, time_s: float = 0.0) -> None:
+        self._code = 0
+        self._deadline = time.monotonic() + time_s if time_s else float("inf")
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -28,13 +38,20 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._deadline = float("inf")
 
     def _ask(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None:
+        if self._code:
             raise KeyboardInterrupt
-        self.signal = number
+        self._code = 128 + number
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 0 if self.signal is None else 128 + self.signal
+        """0: go on. 130 for Ctrl-C and 143 for SIGTERM, as shells report them; 75: time is up."""
+        if not self._code and time.monotonic() >= self._deadline:
+            self._code = TIME_UP
+        return self._code
+
+    @exit_code.setter
+    def exit_code(self, code: int) -> None:
+        self._code = code

@@ -1,0 +1,161 @@
+"""Several processes as one run: who is who, what they exchange, and how a model is spread.
+
+The processes are started by `torchrun`, or by `minillm pretrain --nproc N`, which runs it. Every
+process computes its own rows of a step; the sums that leave this module are the same on all.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
+
+from minillm.device import pick_device
+from minillm.errors import MinillmError, RunError
+
+_LOST = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "rendezvous")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """The process that reports and writes files."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Return each value summed over all processes."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=_collective_device())
+        dist.all_reduce(total)
+        return [float(value) for value in total]
+
+    def share(self, value: Any) -> Any:
+        """Return what the main process gave."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=_collective_device())
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what every process gave, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+
+def _collective_device() -> torch.device:
+    is_nccl = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
+@contextmanager
+def join_world(device_name: str) -> Iterator[tuple[World, torch.device]]:
+    """Join the processes that `torchrun` started; alone without it.
+
+    Args:
+        device_name: As for `pick_device`; on CUDA each process of a machine takes its own GPU.
+
+    Raises:
+        ConfigError: `device_name` is not a device.
+        RunError: Another process of the run has ended.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = pick_device(device_name)
+    if size == 1:
+        yield World(), device
+        return
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        yield World(dist.get_rank(), size), device
+    except MinillmError:
+        raise
+    except RuntimeError as error:
+        if not any(word in str(error) for word in _LOST):
+            raise
+        raise RunError(
+            "another process of this run has ended", hint="its own message is above"
+        ) from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Parallel:
+    """A model spread over the processes: `ddp` copies it to each, `fsdp` gives each a part.
+
+    Args:
+        model: The model, on its device, equal on all processes.
+        world: The processes.
+        kind: `ddp` or `fsdp`.
+        is_compiled: Compile the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, world: World, kind: str, *, is_compiled: bool) -> None:
+        self.world = world
+        self.is_sharded = world.size > 1 and kind == "fsdp"
+        self._ddp: DistributedDataParallel | None = None
+        self._root: Any = model
+        if self.is_sharded:
+            device_type = next(model.parameters()).device.type
+            mesh = init_device_mesh(device_type, (world.size,))
+            for layer in model.get_submodule("model.layers").children():
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            assert isinstance(model, FSDPModule)
+        self.forward: Any = model
+        if is_compiled:
+            self.forward = torch.compile(model, fullgraph=not self.is_sharded, dynamic=False)
+        if world.size > 1 and not self.is_sharded:
+            self._ddp = DistributedDataParallel(self.forward, broadcast_buffers=False)
+            self.forward = self._ddp
+
+    @contextmanager
+    def synced(self, is_last: bool) -> Iterator[None]:
+        """Exchange gradients at the end of the block only if it is the last of a step."""
+        if self._ddp is not None and not is_last:
+            with self._ddp.no_sync():
+                yield
+            return
+        if self.is_sharded:
+            self._root.set_requires_gradient_sync(is_last)
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor in one piece (all processes must ask), another as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a sharded tensor that is here, another as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, model_tensor: Tensor) -> Tensor:
+    """Return the part of `tensor` that this process keeps of `model_tensor`: the way back."""
+    if not isinstance(model_tensor, DTensor):
+        return tensor
+    mesh = model_tensor.device_mesh
+    spread = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return spread.redistribute(placements=model_tensor.placements)
