@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from minillm import paths
 from minillm.data.chat import ChatEncoder
 from minillm.data.dialogues import Dialogue, find_dialogue_files, read_file
+from minillm.data.foreign_chat import TemplateEncoder, make_encoder
 from minillm.data.identity import identity_dialogues
 from minillm.data.packing import pack
 from minillm.data.sft_rows import METADATA_KEY, SftRow, SftRows
@@ -98,7 +99,7 @@ def prepare_sft(cfg: PrepareSftConfig, progress: Progress) -> SftReport:
         for item in identity_dialogues(cfg.persona, cfg.seed)
     ]
     kept, num_too_long, longest = _encode_all(
-        ChatEncoder(tokenizer), _chain(chosen, persona), cfg.sequence_length
+        make_encoder(tokenizer), _chain(chosen, persona), cfg.sequence_length
     )
     if not kept:
         _refuse_empty(cfg, num_too_long, longest)
@@ -173,7 +174,7 @@ def _sample(items: Iterable[Dialogue], count: int, rng: random.Random) -> Iterab
 
 
 def _encode_all(
-    encoder: ChatEncoder, dialogues: Iterable[Dialogue], sequence_length: int
+    encoder: ChatEncoder | TemplateEncoder, dialogues: Iterable[Dialogue], sequence_length: int
 ) -> tuple[list[_Tokens], int, int]:
     """Return the dialogues that fit a row, the number of others, and the longest in tokens."""
     kept: list[_Tokens] = []
