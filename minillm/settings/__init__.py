@@ -14,12 +14,14 @@ from minillm.settings.data import (
     TrainTokenizerConfig,
 )
 from minillm.settings.inference import ChatConfig, DemoConfig, SamplingConfig, ServeConfig
-from minillm.settings.kinds import Device, Precision
+from minillm.settings.kinds import Device, Precision, Tracker
 from minillm.settings.training import (
     BatchConfig,
     OptimConfig,
     ParallelConfig,
+    PlanConfig,
     PretrainConfig,
+    ReportCompareConfig,
     ReportConfig,
     SftConfig,
 )
@@ -35,14 +37,17 @@ __all__ = [
     "MergeBinConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PlanConfig",
     "Precision",
     "PrepareSftConfig",
     "PrepareTokenizerConfig",
     "PretrainConfig",
+    "ReportCompareConfig",
     "ReportConfig",
     "SamplingConfig",
     "ServeConfig",
     "SftConfig",
     "TokenizeConfig",
+    "Tracker",
     "TrainTokenizerConfig",
 ]

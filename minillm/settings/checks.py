@@ -1,8 +1,9 @@
 """Checks of settings, each with the flag it is about."""
 
+import importlib.util
 import re
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, SetupError
 
 
 def check_positive(config: object, *names: str) -> None:
@@ -24,6 +25,15 @@ def check_range(config: object, name: str, low: float, high: float) -> None:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(
             f"`{flag}` must lie between {low} and {high}, got {value}", hint=f"try `{flag} {high}`"
+        )
+
+
+def check_package(flag: str, name: str) -> None:
+    """Raise SetupError unless the package that `flag` asks for is installed; import nothing."""
+    if importlib.util.find_spec(name) is None:
+        raise SetupError(
+            f"`{flag} {name}`: the package `{name}` is not installed",
+            hint=f"run `pip install {name}`, or leave `{flag}` out",
         )
 
 

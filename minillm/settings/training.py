@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from annotated_doc import Doc
 
 from minillm import paths
-from minillm.settings.checks import check_positive, check_range, duration_s
-from minillm.settings.kinds import Device, Precision
+from minillm.settings.checks import check_package, check_positive, check_range, duration_s
+from minillm.settings.kinds import Device, Precision, Tracker
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +81,14 @@ class ReportConfig:
     max_time: Annotated[
         str, Doc("Save and stop after that time, e.g. `4h`, `1h30m`; exit code 75.")
     ] = ""
+    tracker: Annotated[Tracker, Doc("Also send the numbers to this experiment tracker.")] = "none"
 
     def __post_init__(self) -> None:
-        """Reject intervals that never come."""
+        """Reject intervals that never come, and a tracker that is not installed."""
         check_positive(self, "log_every", "eval_tokens", "keep")
         duration_s(self.max_time)
+        if self.tracker != "none":
+            check_package("--tracker", self.tracker)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,3 +152,37 @@ class SftConfig:
     def __post_init__(self) -> None:
         """Reject runs of no length."""
         check_positive(self, "epochs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """`minillm plan`: what a run would take, before it begins."""
+
+    model: Annotated[str, Doc("Architecture and size, e.g. `mini_llama3:small`.")] = "mini_llama3"
+    data: Annotated[
+        Path | None, Doc("A token file (.bin): its vocabulary, and one pass over its tokens.")
+    ] = None
+    tokens: Annotated[
+        int, Doc("Tokens to train on; 0: those of --data, or 20 for each active parameter.")
+    ] = 0
+    price_per_hour: Annotated[
+        float, Doc("What an hour of this machine costs; 0 shows no cost.")
+    ] = 0.0
+    probe: Annotated[bool, Doc("Train a few steps here, to measure speed and memory.")] = True
+    optimizer: Annotated[Literal["muon", "adamw"], Doc("As for pretrain.")] = "muon"
+    batch: BatchConfig = field(default_factory=BatchConfig)
+
+    def __post_init__(self) -> None:
+        """Reject amounts below nothing."""
+        for name in ("tokens", "price_per_hour"):
+            check_range(self, name, 0, float("inf"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportCompareConfig:
+    """`minillm report`: runs in words and curves."""
+
+    runs: Annotated[tuple[Path, ...], Doc("Run folders.")] = ()
+    out: Annotated[
+        Path | None, Doc("Folder of the report; default: the run itself, or below reports/.")
+    ] = None
