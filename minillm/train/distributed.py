@@ -4,7 +4,9 @@ The processes are started by `torchrun`, or by `minillm pretrain --nproc N`, whi
 process computes its own rows of a step; the sums that leave this module are the same on all.
 """
 
+import inspect
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from minillm.device import pick_device
 from minillm.errors import MinillmError, RunError
 
+_SYNC_BUFFERS = next(  # torch 2.13 has renamed it
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+_LOST_WAIT_S = 10
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "rendezvous")
 
 
@@ -93,6 +101,8 @@ def join_world(device_name: str) -> Iterator[tuple[World, torch.device]]:
     except RuntimeError as error:
         if not any(word in str(error) for word in _LOST):
             raise
+        # the first one to fail decides the exit code of the run, which is not this one
+        time.sleep(_LOST_WAIT_S)
         raise RunError(
             "another process of this run has ended", hint="its own message is above"
         ) from error
@@ -127,7 +137,9 @@ class Parallel:
         if is_compiled:
             self.forward = torch.compile(model, fullgraph=not self.is_sharded, dynamic=False)
         if world.size > 1 and not self.is_sharded:
-            self._ddp = DistributedDataParallel(self.forward, broadcast_buffers=False)
+            # buffers count what each process saw: they are summed once a step, not overwritten
+            options: dict[str, Any] = {_SYNC_BUFFERS: False}
+            self._ddp = DistributedDataParallel(self.forward, **options)
             self.forward = self._ddp
 
     @contextmanager

@@ -1,5 +1,6 @@
 """`--nproc N`: run the same command in N processes through torchrun's own launcher."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -7,6 +8,8 @@ from collections.abc import Sequence
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from minillm.errors import RunError
 
 SAVE_TIMEOUT_S = 300
 """How long the processes may save after a signal, before they are killed."""
@@ -21,7 +24,11 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
     """Run `minillm ARGUMENTS` in several processes on this machine; return the exit code.
 
     The first process that fails decides: its message is on stderr already.
+
+    Raises:
+        RunError: A process was killed from outside, so it could not say anything.
     """
+    logging.disable(logging.ERROR)  # torchrun's own talk about what we report below
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_TIMEOUT_S)
     config = LaunchConfig(
@@ -37,8 +44,13 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "minillm", *arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        raise RunError(
+            f"process {rank} of {num_processes} was killed by signal {-failure.exitcode}",
+            hint="`free -h` shows whether memory ran out; `--resume latest` continues the run",
+        ) from None
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

@@ -1,0 +1,110 @@
+"""Two processes are one run: the losses of one, its errors, and a way back to one process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minillm.files import sha256_file
+from minillm.train.metrics import read_metrics
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+ARCHITECTURES = ("mini_llama3", "mini_deepseekv3", "mini_qwen3_next")
+
+
+def command(corpus: Path, run: Path, steps: int, *extra: str) -> list[str]:
+    words = (
+        f"pretrain --data {corpus}/tokens/text.bin --out {run} --tokenizer {corpus}/tokenizer "
+        f"--steps {steps} --batch-tokens 512 --sequence-length 64 --micro-batch 2 --log-every 1 "
+        f"--eval-every {steps} --save-every 4 --eval-tokens 192 --sample-tokens 4 --device cpu "
+        "--precision fp32"
+    )
+    return [sys.executable, "-m", "minillm", *words.split(), *extra]
+
+
+def run(words: list[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=ENV, timeout=600)
+
+
+def finish(words: list[str]) -> None:
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder)]
+
+
+def test_a_run_of_two_goes_on_as_one(corpus: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    model = ("--model", "mini_deepseekv3:tiny")
+    finish(command(corpus, one, 6, *model))
+    killed = subprocess.Popen(
+        command(corpus, two, 6, *model, "--nproc", "2"), env=ENV, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(two.glob("checkpoints/step-0000004/COMPLETE")) and time.monotonic() < deadline:
+        assert killed.poll() is None, killed.communicate()[1]
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGTERM)
+    talk = killed.communicate(timeout=120)[1]
+    assert killed.returncode == 143, talk
+    assert "Traceback" not in talk
+
+    again = [sys.executable, "-m", "minillm", "pretrain", "--resume", str(two), "--nproc", "1"]
+    finish(again)
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+
+
+def test_bad_input_is_said_once(corpus: Path, tmp_path: Path) -> None:
+    words = command(corpus, tmp_path / "run", 2, "--model", "mini_llama3:tiny", "--nproc", "2")
+    done = run([*words, "--batch-tokens", "320"])
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "5 rows cannot be split over 2" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_two_processes_equal_one(
+    architecture: str, parallel: str, corpus: Path, tmp_path: Path
+) -> None:
+    model = ("--model", f"{architecture}:tiny")
+    finish(command(corpus, tmp_path / "one", 20, *model))
+    spread = ("--nproc", "2", "--parallel", parallel)
+    finish(command(corpus, tmp_path / "two", 20, *model, *spread))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_two_killed_processes_continue_to_the_bit(
+    optimizer: str, corpus: Path, tmp_path: Path
+) -> None:
+    extra = ("--model", "mini_qwen3_next:tiny", "--nproc", "2", "--optimizer", optimizer)
+    finish(command(corpus, tmp_path / "whole", 12, *extra))
+    process = subprocess.Popen(
+        command(corpus, tmp_path / "run", 12, *extra), env=ENV, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and '"step": 6,' in metrics.read_text(encoding="utf-8")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    talk = process.communicate(timeout=120)[1]
+    assert process.returncode == 5
+    assert "killed by signal 9" in talk
+    finish([sys.executable, "-m", "minillm", "pretrain", "--resume", str(tmp_path / "run")])
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    for name in ("model.safetensors", "trainer_state.safetensors"):
+        last = "checkpoints/step-0000012"
+        whole, run_ = tmp_path / "whole" / last / name, tmp_path / "run" / last / name
+        assert sha256_file(run_) == sha256_file(whole)
