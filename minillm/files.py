@@ -198,6 +198,20 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sample_sha256(path: Path, blocks: int = 256, block_bytes: int = 4096) -> str:
+    """Hash the size of a file and blocks spread evenly over it, its ends among them.
+
+    Quick at any size: it tells another file from this one, not every change of a byte.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as stream:
+        for index in range(blocks):
+            stream.seek(max(0, size - block_bytes) * index // (blocks - 1))
+            digest.update(stream.read(block_bytes))
+    return digest.hexdigest()
+
+
 def human_bytes(size: float) -> str:
     """Return e.g. `1.5 MB`, in powers of 1000.
 

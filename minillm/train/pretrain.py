@@ -18,6 +18,7 @@ from minillm.data.tokenizer import (
 from minillm.data.windows import Rows, Windows
 from minillm.device import pick_dtype
 from minillm.errors import InputError
+from minillm.files import sample_sha256
 from minillm.log import Progress, Silent
 from minillm.models import registry
 from minillm.settings import PretrainConfig
@@ -103,7 +104,11 @@ def _build_job(
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    facts = {"data_sha256": file.manifest.sha256, "tokenizer_sha256": fingerprint(folder)}
+    facts = {
+        "data_sha256": file.manifest.sha256,
+        "data_sample": sample_sha256(data),  # the manifest does not change with the data
+        "tokenizer_sha256": fingerprint(folder),
+    }
     run = begin_run(cfg, "pretrain", cfg.model, out, facts, resume, world)
     torch.manual_seed(cfg.seed)
     model = registry.build_model(config)

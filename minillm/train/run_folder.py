@@ -100,7 +100,7 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _check_facts(file: Path, facts: Mapping[str, str]) -> None:
     stored = tomllib.loads(file.read_text(encoding="utf-8")).get("provenance", {})
     for name, value in facts.items():
-        if stored.get(name) != value:
+        if name in stored and stored[name] != value:
             raise InputError(
                 f"{name.replace('_', ' ')} has changed since `{file.parent}` began: "
                 f"was {str(stored.get(name))[:12]}…, is {value[:12]}…",
