@@ -6,9 +6,9 @@ has at the token's key towards the token's value, then reads at its query:
     S <- exp(g) S;   S <- S + k (beta (v - k^T S))^T;   out = q^T S / sqrt(K)
 
 Decoding does just this. For many tokens at once the chunk form (Yang et al. 2024, section 3)
-turns all corrections inside a chunk into one triangular system, so that almost all work is
-matrix products; only S itself is handed from chunk to chunk. All of it is fp32, as S forgets
-slowly and sums of bf16 would not.
+turns all corrections inside a chunk into one triangular matrix, inverted for all chunks at once;
+then the chunks hand on S, with four matrix products each. All of it is fp32, as S forgets slowly
+and sums of bf16 would not.
 
 Documents in one row: given segment ids, a token sees nothing of another segment, in the
 convolution or in S. That is a mask on factors that are there anyway: shapes stay the same for
@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64
+CHUNK = {"cpu": 32}
+"""Positions of a chunk, 64 elsewhere: fewer steps, but more work inside each."""
 RESET = -60.0
 """Log decay that forgets: exp(-60) is below the rounding of any sum."""
 
@@ -144,14 +145,14 @@ def chunk_gated_delta_rule(
     *,
     segment_BT: Tensor | None = None,
     state_BHKV: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Any number of tokens; arguments as `gated_delta_rule`.
 
-    Dimensions inside are (B, G, R, N, C, ...): what value heads share has R = 1.
+    Dimensions inside are (N, B, G, R, C, ...): what value heads share has R = 1. M = B * G * R.
     """
     length, ratio = v_BTHV.shape[1], v_BTHV.shape[2] // k_BTGK.shape[2]
-    chunk = min(chunk, length)
+    chunk = min(chunk or CHUNK.get(v_BTHV.device.type, 64), length)
 
     # 1. cut into chunks; padding has beta 0 and writes nothing
     q = _cut(_unit(q_BTGK) * q_BTGK.shape[-1] ** -0.5, 1, chunk)
@@ -167,30 +168,54 @@ def chunk_gated_delta_rule(
     left_write = (fade[..., -1:, :] - fade).exp() * writes
     left_end = fade[..., -1:, :].exp() * keeps
 
-    # 3. corrections of a chunk: u if S were 0 before it, minus w S for what S had
-    mixed = (k @ k.mT) * beta * left_ij
-    wanted = torch.cat((v * beta, k * (beta * left_read)), dim=-1)
-    uw = torch.linalg.solve_triangular(mixed, wanted, upper=False, unitriangular=True)
-    size = v.shape[-1]
+    # 3. corrections of a chunk are `solved` times what its values lack
+    qk, kk = (torch.cat((q, k), dim=-2) @ k.mT).split(chunk, dim=-2)
+    solved = _Inverse.apply(kk * (left_ij * beta)) * beta.mT  # type: ignore[no-untyped-call]
 
-    # 4. S before every chunk: S <- end S + (k left)^T (u - w S)
-    written, erased = ((k * left_write).mT @ uw).split((size, k.shape[-1]), dim=-1)
+    # 4. chunk by chunk: correct, then S <- end S + (k left)^T corrections
     if state_BHKV is None:
-        state = torch.zeros_like(written[..., 0, :, :])
+        state_MKV = v.new_zeros(v[0, ..., 0, 0].numel(), k.shape[-1], v.shape[-1])
     else:
-        state = state_BHKV.float().unflatten(1, (-1, ratio))
-    states = []
-    for add, erase, end in zip(
-        written.unbind(3), erased.unbind(3), left_end.unbind(3), strict=True
+        state_MKV = state_BHKV.float().flatten(0, 1)
+    parts = v, k * left_read, solved, (k * left_write).mT, left_end
+    states, corrections = [], []
+    for v_MCV, read_MCK, solved_MCC, write_MKC, end_M11 in zip(
+        *(part.flatten(1, 3).unbind() for part in parts), strict=True
     ):
-        states.append(state)
-        state = state * end + (add - erase @ state)
+        states.append(state_MKV)
+        lack_MCV = torch.baddbmm(v_MCV, read_MCK, state_MKV, alpha=-1)
+        corrections.append(solved_MCC @ lack_MCV)
+        state_MKV = torch.baddbmm(state_MKV * end_M11, write_MKC, corrections[-1])
 
     # 5. read from the tokens of the chunk, and from S
-    seen_u, seen_w = (((q @ k.mT) * left_ij) @ uw).split((size, k.shape[-1]), dim=-1)
-    out = seen_u + (q * left_read - seen_w) @ torch.stack(states, dim=3)
-    out_BTHV = out.flatten(3, 4).movedim(3, 1).flatten(2, 3)[:, :length]
-    return out_BTHV.to(v_BTHV.dtype), state.flatten(1, 2)
+    out = (qk * left_ij).flatten(0, 3) @ torch.cat(corrections)
+    out = torch.baddbmm(out, (q * left_read).flatten(0, 3), torch.cat(states))
+    out_BNCHV = out.view_as(v).permute(1, 0, 4, 2, 3, 5).flatten(3, 4)
+    out_BTHV = out_BNCHV.flatten(1, 2)[:, :length]
+    return out_BTHV.to(v_BTHV.dtype), state_MKV.unflatten(0, (len(v_BTHV), -1))
+
+
+class _Inverse(torch.autograd.Function):
+    """`(1 + a)^-1` for the part of `a` below the diagonal; d a = -x^T (d x) x^T there.
+
+    A matrix is inverted once and then multiplied by, forward and backward: one triangular system
+    with few columns costs more than a product with many.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        """Invert `(..., C, C)`."""
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+        x: Tensor = torch.linalg.solve_triangular(a, eye, upper=False, unitriangular=True)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        """Return the gradient of `a`."""
+        (x,) = ctx.saved_tensors
+        d_a: Tensor = -(x.mT @ (g @ x.mT)).tril(-1)
+        return d_a
 
 
 def forget_at_starts(g_BTH: Tensor, segment_BT: Tensor | None) -> Tensor:
@@ -212,16 +237,16 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _cut(x_BTHX: Tensor, ratio: int, chunk: int) -> Tensor:
-    """`(B, T, G * R, X)` to `(B, G, R, N, C, X)`, zeros at the end."""
+    """`(B, T, G * R, X)` to `(N, B, G, R, C, X)`, zeros at the end."""
     x_BTHX = F.pad(x_BTHX, (0, 0, 0, 0, 0, -x_BTHX.shape[1] % chunk))
     x_BNCGRX: Tensor = x_BTHX.unflatten(2, (-1, ratio)).unflatten(1, (-1, chunk))
-    return x_BNCGRX.permute(0, 3, 4, 1, 2, 5)
+    return x_BNCGRX.permute(1, 0, 3, 4, 2, 5).contiguous()
 
 
 def _who_sees_whom(
     segment_BT: Tensor | None, chunk: int, like: Tensor
 ) -> tuple[Tensor, Tensor | int, Tensor | int, Tensor | int]:
-    """Return what segments allow, each to broadcast to `(B, G, R, N, C, C or 1)`.
+    """Return what segments allow, each to broadcast to `(N, B, G, R, C, C or 1)`.
 
     Token i sees token j of its chunk; i reads the state before the chunk; j writes to the state
     after it; the state before lives on after it.
@@ -232,9 +257,9 @@ def _who_sees_whom(
     segment_BT = F.pad(segment_BT, (0, -segment_BT.shape[1] % chunk), value=-1)
     # the padding belongs to the last document, so that its state lives on to the end
     segment_BT = segment_BT.cummax(1).values
-    segment = segment_BT.view(-1, 1, 1, segment_BT.shape[1] // chunk, chunk, 1)
+    segment = segment_BT.unflatten(1, (-1, chunk)).transpose(0, 1)[:, :, None, None, :, None]
     last = segment[..., -1:, :]
-    before = F.pad(last, (0, 0, 0, 0, 1, 0), value=-1)[..., :-1, :, :]
+    before = torch.cat((torch.full_like(last[:1], -1), last[:-1]))
     return lower & (segment == segment.mT), segment == before, segment == last, last == before
 
 

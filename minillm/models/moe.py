@@ -8,11 +8,15 @@ and no device-to-host copy: shapes depend on the number of tokens only, so that
 N tokens · K experts of a token · M = N * K rows · E experts · D model · F feed-forward
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minillm.device import has_bf16
 
 GATHER_ROWS = 32
 """Up to this many rows the GPU multiplies each by its own copy of the weights: decoding."""
@@ -72,19 +76,26 @@ def swiglu(h_M2F: Tensor) -> Tensor:
 def grouped_mm(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
     """Multiply rows `ends[e - 1]` to `ends[e]` of `x` by `weight[e].T`, for every expert e.
 
-    PyTorch's own operation needs rows of whole 16 bytes, and its compiler knows it in bf16 only;
-    elsewhere a custom operation does the same.
+    PyTorch's own operation needs rows of whole 16 bytes, its compiler knows it in bf16 only, and a
+    CPU that has no bf16 takes a hundred times longer in it than in fp32; there a custom operation
+    does the same.
     """
     device = x_MD.device.type
     if torch.is_autocast_enabled(device):  # which does not know grouped_mm either
         dtype = torch.get_autocast_dtype(device)
         x_MD, weight_EFD = x_MD.to(dtype), weight_EFD.to(dtype)
     x_MD = x_MD.to(weight_EFD.dtype)
-    is_known = x_MD.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
+    is_half = x_MD.dtype == torch.bfloat16
+    is_known = _is_fast_in_bf16(device) if is_half else not torch.compiler.is_compiling()
     if is_known and all(n * x_MD.element_size() % 16 == 0 for n in weight_EFD.shape[1:]):
         return F.grouped_mm(x_MD, weight_EFD.mT, offs=ends_E)
     y_MF: Tensor = _grouped_mm(x_MD, weight_EFD, ends_E)
     return y_MF
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_fast_in_bf16(device: str) -> bool:
+    return device != "cpu" or has_bf16(torch.device(device))
 
 
 def _row_mm(x_MD: Tensor, weight_EFD: Tensor, expert_M: Tensor) -> Tensor:
@@ -113,16 +124,21 @@ class _TakeRows(torch.autograd.Function):
         return g_MD.unflatten(0, (-1, ctx.times)).sum(1), None, None, None
 
 
-def _blocks(ends_E: Tensor) -> list[tuple[int, int]]:
-    ends = ends_E.tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+def _blocks(x: Tensor, weight: Tensor, ends: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Yield each expert that has rows, where they are, they and its weights; bf16 as fp32."""
+    for e, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+        if start < end:
+            x_MD, weight_FD = x[start:end], weight[e]
+            if x.dtype == torch.bfloat16 and not _is_fast_in_bf16(x.device.type):
+                x_MD, weight_FD = x_MD.float(), weight_FD.float()
+            yield e, slice(start, end), x_MD, weight_FD
 
 
 @torch.library.custom_op("minillm::grouped_mm", mutates_args=())
 def _grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     y_MF = x.new_empty(x.shape[0], weight.shape[1])
-    for (start, end), weight_FD in zip(_blocks(ends), weight, strict=True):
-        torch.mm(x[start:end], weight_FD.T, out=y_MF[start:end])
+    for _, rows, x_MD, weight_FD in _blocks(x, weight, ends):
+        y_MF[rows] = x_MD @ weight_FD.T
     return y_MF
 
 
@@ -135,10 +151,11 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _grouped_mm_backward(
     g: Tensor, x: Tensor, weight: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    dx_MD, dw_EFD = torch.empty_like(x), torch.empty_like(weight)
-    for e, (start, end) in enumerate(_blocks(ends)):
-        torch.mm(g[start:end], weight[e], out=dx_MD[start:end])
-        torch.mm(g[start:end].T, x[start:end], out=dw_EFD[e])  # zero where there are no rows
+    dx_MD, dw_EFD = torch.empty_like(x), torch.zeros_like(weight)
+    for e, rows, x_MD, weight_FD in _blocks(x, weight, ends):
+        g_MF = g[rows].to(x_MD.dtype)
+        dx_MD[rows] = g_MF @ weight_FD
+        dw_EFD[e] = g_MF.T @ x_MD
     return dx_MD, dw_EFD
 
 

@@ -156,6 +156,7 @@ def test_importable_gpu_kernel_is_not_used_on_a_cpu(monkeypatch: pytest.MonkeyPa
     assert gd.gated_delta_rule(*given)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its compiler
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_training_step_is_one_graph(is_packed: bool) -> None:
     torch._dynamo.reset()

@@ -109,10 +109,35 @@ def test_an_expert_without_tokens_has_gradient_zero() -> None:
             assert [bool(g.any()) for g in gradient] == [False, False, True, False]
 
 
-@torch.no_grad()
-def test_whole_model_in_bf16() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its compiler
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_whole_model_in_bf16_with_and_without_the_hardware(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, is_compiled: bool
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(moe, "has_bf16", lambda _: has_bf16)
     experts, x, index, weight = problem(*SHAPES["plain"])
-    exact = experts(x, index, weight)
-    y = experts.to(torch.bfloat16)(x.bfloat16(), index, weight)
-    assert y.dtype == torch.bfloat16
-    assert (y.float() - exact).norm() / exact.norm() < 0.02
+    exact = gradients(loop, experts, x, index, weight)
+    experts.to(torch.bfloat16)
+    run: Any = experts
+    if is_compiled:
+        run = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    x = x.detach().bfloat16().requires_grad_()
+    ours = gradients(lambda _, *args: run(*args), experts, x, index, weight)
+    for value, expected in zip(ours, exact, strict=True):
+        assert (value.float() - expected).norm() / expected.norm() < 0.02
+    half = torch.bfloat16
+    assert [value.dtype for value in ours] == [half, half, torch.float32, half, half]
+
+
+@torch.no_grad()
+def test_cpu_without_bf16_multiplies_in_fp32_and_rounds_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(moe, "has_bf16", lambda _: False)
+    monkeypatch.setattr(F, "grouped_mm", lambda *_, **__: pytest.fail("emulated"))
+    x, weight = torch.randn(9, 32).bfloat16(), torch.randn(3, 48, 32).bfloat16()
+    ends = torch.tensor([4, 4, 9], dtype=torch.int32)
+    exact = torch.cat([x[:4].float() @ weight[0].float().T, x[4:].float() @ weight[2].float().T])
+    assert torch.equal(moe.grouped_mm(x, weight, ends), exact.bfloat16())
