@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.figure import Figure
-
+from minillm import charts
 from minillm.device import describe, peak_memory_bytes
 from minillm.files import human_bytes, human_count, human_time, write_text
 from minillm.models.base import param_count
@@ -69,8 +67,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw loss, learning rate and speed over steps as one PNG."""
     training = [row for row in rows if row["kind"] == "train"]
     held_out = [row for row in rows if row["kind"] == "eval"]
-    with mpl.rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 9}):
-        figure = Figure(figsize=(9, 6), layout="constrained")
+    with charts.figure(9, 6) as figure:
         (loss, bpb), (rate, speed) = figure.subplots(2, 2)
         _line(loss, training, "loss", "training")
         _line(loss, held_out, "loss", "validation", marker="o")
@@ -83,7 +80,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         _line(speed, training, "tokens_per_s", "tokens/s")
         speed.set_ylim(bottom=0)
         _titled(speed, "tokens per second")
-        figure.savefig(path, dpi=110)
+        charts.save_png(figure, path)
 
 
 def _line(axes: Any, rows: list[dict[str, Any]], key: str, label: str, marker: str = "") -> None:
