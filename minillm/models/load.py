@@ -127,7 +127,7 @@ def _load(
     source: str, device: str | torch.device, dtype: torch.dtype, *, is_local: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     options: dict[str, Any] = {"local_files_only": is_local, "trust_remote_code": False}
-    with _named_errors(source, is_local), _quiet_transformers():
+    with _named_errors(source, is_local), quiet_transformers():
         published = read_published(Path(source)) if is_local else None
         if published is None:
             config = AutoConfig.from_pretrained(source, **options)
@@ -190,8 +190,8 @@ def _named_errors(source: str, is_local: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide transformers' loading bar and report; their content becomes an error of ours."""
+def quiet_transformers() -> Iterator[None]:
+    """Hide the bars and reports of transformers; their content becomes an error of ours."""
     was_on, verbosity = (
         transformers_logging.is_progress_bar_enabled(),
         transformers_logging.get_verbosity(),

@@ -5,7 +5,7 @@ in halves), DeepSeek's `kv_b` is two tensors that attend in the latent space, Qw
 projections are flat, and its norms have the one added.
 """
 
-import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,28 +13,22 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minillm.errors import InputError
 from minillm.files import write_text
 from minillm.models.base import MiniPreTrainedModel
 from minillm.models.interop import gguf_tensors
+from minillm.models.interop.gguf_read import require_gguf
+from minillm.models.interop.gguf_tokenizer import add_tokenizer
 from minillm.models.interop.official import (
     attention_interval,
     load_ours,
     new_folder,
-    require_gguf,
 )
+from minillm.models.interop.ollama import modelfile
 
 FileType = Literal["f32", "f16", "bf16", "q8_0"]
-
-_PRE = {
-    # the Split pattern of tokenizer.json, without lookups of the tokenizer's name
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-}
-_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def export_gguf(source: str | Path, out: Path, file_type: FileType = "f16") -> Path:
@@ -49,7 +43,8 @@ def export_gguf(source: str | Path, out: Path, file_type: FileType = "f16") -> P
     name = f"{model.config.model_type}-{file_type}.gguf"
     with new_folder(out) as folder:
         write_gguf(model, tokenizer, folder / name, file_type)
-        write_text(folder / "Modelfile", modelfile(name, model))
+        context = model.config.max_position_embeddings
+        write_text(folder / "Modelfile", modelfile(name, tokenizer, context))
     return out / name
 
 
@@ -66,9 +61,9 @@ def write_gguf(
     writer: Any = gguf.GGUFWriter(path, architecture)
     writer.add_name(model.config.model_type)
     writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPE[file_type]))
-    _add_common(writer, model.config)
+    _add_common(writer, model.config, architecture)
     metadata(writer, model.config)
-    _add_tokenizer(writer, tokenizer, model.config)
+    add_tokenizer(writer, tokenizer, model.config)
     state = {key: value.detach().float().cpu() for key, value in model.state_dict().items()}
     for name, tensor in gguf_tensors.convert(model, state):
         data, kind = _encode(name, tensor.contiguous().numpy(), file_type)
@@ -100,7 +95,7 @@ def _encode(name: str, data: npt.NDArray[np.float32], file_type: str) -> tuple[A
     return gguf.quants.quantize(data, wanted), wanted
 
 
-def _add_common(writer: Any, config: Any) -> None:
+def _add_common(writer: Any, config: Any, architecture: str) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -108,23 +103,59 @@ def _add_common(writer: Any, config: Any) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = config.rope_parameters
-    writer.add_rope_freq_base(rope["rope_theta"])
-    kind = rope["rope_type"]
-    if kind in ("linear", "yarn"):
-        import gguf
+    _add_rope(writer, config, architecture)
 
+
+_ROPE = {
+    "default": ("llama", "deepseek2", "qwen3next"),
+    "yarn": ("llama", "deepseek2", "qwen3next"),
+    "linear": ("llama", "qwen3next"),
+    "llama3": ("llama",),
+}
+"""Where llama.cpp computes the RoPE scaling of a kind as we do."""
+
+
+def _add_rope(writer: Any, config: Any, architecture: str) -> None:
+    """Write base and scaling; the factors of `llama3` are a tensor."""
+    import gguf
+
+    rope = config.rope_parameters
+    kind = rope["rope_type"]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if architecture not in _ROPE.get(kind, ()):
+        raise _cannot(f"RoPE scaling `{kind}` in `{architecture}`")
+    if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_factor(float(rope["factor"]))
     if kind == "yarn":
-        if any(rope.get(key) is not None for key in ("attention_factor", "mscale")):
-            raise _cannot("YaRN with its own attention factor")
-        original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
-        writer.add_rope_scaling_orig_ctx_len(original)
-        writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
-        writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
-    if kind not in ("default", "linear", "yarn", "llama3"):
-        raise _cannot(f"RoPE scaling `{kind}`")
+        _add_yarn(writer, config, architecture)
+
+
+def _add_yarn(writer: Any, config: Any, architecture: str) -> None:
+    """Write YaRN as far as llama.cpp reads it.
+
+    It multiplies the rotated part by `0.1 ln factor + 1` times `attn_factor`. In DeepSeek's
+    attention it then either multiplies the scale of the softmax by the square of the same number,
+    or, with a `log_mul`, rotates by 1 and takes the square of `log_mul ln factor + 1`.
+    """
+    rope = config.rope_parameters
+    betas = (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+    if betas != (32, 1) or rope.get("truncate") is False:
+        raise _cannot("YaRN with its own `beta_fast`, `beta_slow` or `truncate`")
+    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    writer.add_rope_scaling_orig_ctx_len(original)
+    rotary = ROPE_INIT_FUNCTIONS["yarn"](config, None)[1]
+    usual = 0.1 * math.log(max(rope["factor"], 1.0)) + 1
+    if architecture == "deepseek2":
+        weight = float(rope.get("mscale_all_dim") or 0)
+        softmax = 0.1 * weight * math.log(max(rope["factor"], 1.0)) + 1
+        if math.isclose(rotary, 1) and not math.isclose(softmax, 1):
+            writer.add_rope_scaling_yarn_log_mul(0.1 * weight)
+            return
+        if not math.isclose(rotary, softmax):
+            raise _cannot("a DeepSeek with YaRN where `mscale` is not `mscale_all_dim`")
+    if not math.isclose(rotary, usual):
+        writer.add_rope_scaling_attn_factors(rotary / usual)
 
 
 def _cannot(what: str) -> InputError:
@@ -134,8 +165,6 @@ def _cannot(what: str) -> InputError:
 
 
 def _llama(writer: Any, config: Any) -> None:
-    if config.attention_bias or config.mlp_bias:
-        raise _cannot("a Llama with biases")
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
@@ -145,12 +174,10 @@ def _llama(writer: Any, config: Any) -> None:
 def _deepseek(writer: Any, config: Any) -> None:
     import gguf
 
-    if config.attention_bias or not config.rope_interleave or config.q_lora_rank is None:
-        raise _cannot("a DeepSeek with biases, rope in halves or without `q_lora_rank`")
+    if config.attention_bias or config.q_lora_rank is None:
+        raise _cannot("a DeepSeek with biases or without `q_lora_rank`")
     if config.num_hidden_layers in (26, 27):
         raise _cannot(f"{config.num_hidden_layers} layers, which llama.cpp takes for V2-Lite")
-    if config.rope_parameters["rope_type"] != "default":
-        raise _cannot("a DeepSeek with RoPE scaling")
     # attention in the latent space: one key/value head of latent and rotary part
     writer.add_head_count_kv(1)
     writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
@@ -199,72 +226,3 @@ _ARCHITECTURES: Mapping[str, tuple[str, Callable[[Any, Any], None]]] = {
     "deepseek_v3": ("deepseek2", _deepseek),
     "qwen3_next": ("qwen3next", _qwen),
 }
-
-
-def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerFast, config: Any) -> None:
-    """Write vocabulary, merges, special tokens, chat template."""
-    import gguf
-
-    tree = json.loads(tokenizer.backend_tokenizer.to_str())
-    if tree["model"]["type"] != "BPE":
-        raise _cannot(f"a {tree['model']['type']} tokenizer")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(tree))
-    kinds = gguf.TokenType
-    added = {item["id"]: item for item in tree["added_tokens"]}
-    names = {index: token for token, index in tokenizer.get_vocab().items()}
-    tokens, types = [], []
-    for index in range(config.vocab_size):
-        item = added.get(index)
-        tokens.append(item["content"] if item else names.get(index, f"[PAD{index}]"))
-        if item:
-            types.append(kinds.CONTROL if item["special"] else kinds.USER_DEFINED)
-        else:
-            types.append(kinds.NORMAL if index in names else kinds.UNUSED)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    merges = tree["model"]["merges"]
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    for name in ("bos", "eos", "pad"):
-        index = getattr(tokenizer, f"{name}_token_id")
-        if index is not None:
-            getattr(writer, f"add_{name}_token_id")(index)
-    writer.add_add_bos_token(False)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def pre_tokenizer_name(tree: dict[str, Any]) -> str:
-    """Return the name by which llama.cpp knows the pre-tokenizer of a `tokenizer.json`.
-
-    Raises:
-        InputError: It knows none like it.
-    """
-    pre = tree.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", [pre])
-    patterns = [s["pattern"].get("Regex") for s in steps if s.get("type") == "Split"]
-    kinds = [step.get("type") for step in steps]
-    if len(patterns) == 1 and patterns[0] in _PRE and not tree.get("normalizer"):
-        return _PRE[patterns[0]]
-    is_gpt2 = kinds[-1:] == ["ByteLevel"] and steps[-1].get("use_regex", True)
-    if is_gpt2 and not tree.get("normalizer") and not steps[-1].get("add_prefix_space"):
-        if kinds == ["ByteLevel"]:
-            return "gpt-2"
-        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-            return "smollm"
-    raise InputError(
-        "llama.cpp knows no pre-tokenizer like this tokenizer's, and would read text differently",
-        hint="train with the bundled tokenizer, or with one of `minillm train-tokenizer`",
-    )
-
-
-def modelfile(name: str, model: MiniPreTrainedModel) -> str:
-    """Return an Ollama `Modelfile`; the chat format is ChatML."""
-    return (
-        f"FROM ./{name}\n"
-        'TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}\n'
-        "{{ .Content }}<|im_end|>\n"
-        '{{ end }}<|im_start|>assistant\n"""\n'
-        f"PARAMETER num_ctx {model.config.max_position_embeddings}\n"
-        'PARAMETER stop "<|im_end|>"\n'
-    )

@@ -71,16 +71,40 @@ def convert(model: MiniPreTrainedModel, state: State) -> Iterator[tuple[str, Ten
         for name, value in rearrange(match[2], tensor, config):
             yield f"blk.{match[1]}.{name}", value
     if config.rope_parameters["rope_type"] == "llama3":
-        yield "rope_freqs.weight", _llama3_factors(config)
+        yield "rope_freqs.weight", llama3_factors(config.rope_parameters, config.head_dim)
+
+
+def our_name(name: str) -> str:
+    """Return our name of a Llama tensor, or an empty string."""
+    match = re.fullmatch(r"blk\.(\d+)\.(.+)\.(weight|bias)", name)
+    if match is None:
+        return {theirs: ours for ours, theirs in _TOP.items()}.get(name, "")
+    for ours, theirs in _LAYER.items():
+        if theirs == f"{match[2]}.weight":
+            return f"model.layers.{match[1]}.{ours.removesuffix('weight')}{match[3]}"
+    return ""
+
+
+def pairs_to_halves(key: str, tensor: Tensor, config: Any) -> Tensor:
+    """Undo for a tensor of Llama, by our name, what `convert` rearranges."""
+    if (heads := _num_rotary_heads(key, config)) is None:
+        return tensor
+    # (head, pair, half, D) -> (head, half, pair, D)
+    return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def _num_rotary_heads(key: str, config: Any) -> int | None:
+    if "q_proj." in key:
+        return int(config.num_attention_heads)
+    return int(config.num_key_value_heads) if "k_proj." in key else None
 
 
 def _llama(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
-    if name.startswith(("self_attn.q_proj", "self_attn.k_proj")):
-        is_query = name.startswith("self_attn.q")
-        heads = config.num_attention_heads if is_query else config.num_key_value_heads
-        # (head, half, pair, D) -> (head, pair, half, D)
-        tensor = tensor.view(heads, 2, -1, tensor.shape[-1]).transpose(1, 2).reshape(tensor.shape)
-    yield _LAYER[name], tensor
+    if (heads := _num_rotary_heads(name, config)) is not None:
+        # (head, half, pair, D) -> (head, pair, half, D), and biases without D
+        tensor = tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    kind = "bias" if name.endswith(".bias") else "weight"
+    yield _LAYER[name.removesuffix(kind) + "weight"].removesuffix("weight") + kind, tensor
 
 
 def _experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -93,6 +117,8 @@ def _experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _deepseek(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
+    if not config.rope_interleave:
+        tensor = _pair_rotary(name, tensor, config)
     if name == "self_attn.kv_b_proj.weight":
         parts = (config.qk_nope_head_dim, config.v_head_dim)
         k_HKR, v_HKR = tensor.view(config.num_attention_heads, sum(parts), -1).split(parts, dim=1)
@@ -100,6 +126,19 @@ def _deepseek(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Ten
         yield "attn_v_b.weight", v_HKR
     else:
         yield from _experts(name, tensor)
+
+
+def _pair_rotary(name: str, tensor: Tensor, config: Any) -> Tensor:
+    """Reorder rotary rows from halves to pairs, as llama.cpp always has them in DeepSeek."""
+    heads, size = 1, config.qk_rope_head_dim
+    if name in ("self_attn.q_b_proj.weight", "self_attn.q_proj.weight"):
+        heads = config.num_attention_heads
+    elif name != "self_attn.kv_a_proj_with_mqa.weight":
+        return tensor
+    rows = tensor.reshape(heads, -1, tensor.shape[-1])
+    rest, turned = rows.split((rows.shape[1] - size, size), dim=1)
+    turned = turned.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([rest, turned], dim=1).flatten(0, 1)
 
 
 def _qwen(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:
@@ -128,14 +167,13 @@ def _qwen(name: str, tensor: Tensor, config: Any) -> Iterator[tuple[str, Tensor]
 _REARRANGE = {"llama": _llama, "deepseek_v3": _deepseek, "qwen3_next": _qwen}
 
 
-def _llama3_factors(config: Any) -> Tensor:
-    """What llama.cpp divides each rotary frequency by (Llama 3.1's long-context scaling)."""
-    rope = config.rope_parameters
+def llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
+    """Return what llama.cpp divides each rotary frequency by (Llama 3.1's long contexts), (K/2)."""
     low, high, factor = (rope[k] for k in ("low_freq_factor", "high_freq_factor", "factor"))
-    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    original = rope["original_max_position_embeddings"]
     factors = []
-    for pair in range(config.head_dim // 2):
-        length = 2 * math.pi * rope["rope_theta"] ** (2 * pair / config.head_dim)
+    for pair in range(head_dim // 2):
+        length = 2 * math.pi * rope["rope_theta"] ** (2 * pair / head_dim)
         smooth = min(max((original / length - low) / (high - low), 0.0), 1.0)
         factors.append(1 / ((1 - smooth) / factor + smooth))
     return torch.tensor(factors, dtype=torch.float32)

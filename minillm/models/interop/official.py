@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from minillm.errors import InputError, SetupError
+from minillm.errors import InputError
 from minillm.files import atomic_folder, write_text
 from minillm.models.base import MiniPreTrainedModel, official_config
+from minillm.models.interop.gguf_read import read_gguf
 from minillm.models.interop.remote_code import write_remote_code
-from minillm.models.load import find_folder, load_model
+from minillm.models.load import find_folder, load_model, quiet_transformers
 
 ARCHITECTURES = {
     "llama": ("mini_llama3", "LlamaForCausalLM"),
@@ -56,8 +57,7 @@ def export_hub(source: str | Path, out: Path) -> Path:
     """
     model, tokenizer = load_ours(source)
     with new_folder(out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_folder(model, tokenizer, folder)
         write_remote_code(folder, model)
     return out
 
@@ -127,8 +127,9 @@ def save_folder(
     fields: dict[str, Any] | None = None,
 ) -> None:
     """Write weights and tokenizer, and `fields` as the config."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     place = folder / "tokenizer_config.json"
     settings = json.loads(place.read_bytes())
     # transformers 5 writes its own new class name, which version 4 and engines do not know
@@ -152,8 +153,8 @@ def import_official(source: str, out: Path) -> PreTrainedModel:
         InputError: No such model, another architecture, or `out` is not empty.
     """
     with new_folder(out) as folder:
-        if source.endswith(".gguf"):
-            model, tokenizer = _read_gguf(Path(source))
+        if source.lower().endswith(".gguf"):
+            model, tokenizer = read_gguf(Path(source))
         else:
             model, tokenizer = _read_folder(find_folder(source) or _download(source))
         save_folder(model, tokenizer, folder)
@@ -212,52 +213,3 @@ def _num_extra_layers(folder: Path, fields: dict[str, Any]) -> int:
                 if match and int(match[1]) >= first:
                     found.add(int(match[1]))
     return len(found)
-
-
-def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Load a GGUF file of the Llama architecture, in fp32, through transformers."""
-    if not path.is_file():
-        raise InputError(f"there is no file at `{path}`", hint="name a `.gguf` file or a folder")
-    require_gguf()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options: dict[str, Any] = {"gguf_file": path.name}
-    try:
-        config = AutoConfig.from_pretrained(path.parent, **options)
-        ours = AutoConfig.for_model(**_our_fields(config.to_dict(), str(path)))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, dtype=torch.float32, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-    except InputError:
-        raise
-    except Exception as err:
-        raise InputError(
-            f"cannot read `{path}`: {err}".splitlines()[0],
-            hint="import the model's safetensors folder instead",
-        ) from err
-    ours._attn_implementation = loaded.config._attn_implementation
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(ours, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    model.generation_config = loaded.generation_config
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(
-            f"the tokenizer in `{path}` is of a kind that is not read",
-            hint="import the model's safetensors folder instead",
-        )
-    return model.eval(), tokenizer
-
-
-def require_gguf() -> None:
-    """Refuse to go on without the `gguf` package.
-
-    Raises:
-        SetupError: It is not installed.
-    """
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise SetupError(
-            "the package `gguf` is not installed", hint="`pip install 'minillm-lab[gguf]'`"
-        ) from None

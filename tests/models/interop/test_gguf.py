@@ -12,7 +12,8 @@ from minillm import paths
 from minillm.data.tokenizer import load_tokenizer
 from minillm.errors import InputError
 from minillm.models import registry
-from minillm.models.interop.gguf import export_gguf, pre_tokenizer_name
+from minillm.models.interop.gguf import export_gguf
+from minillm.models.interop.gguf_tokenizer import pre_tokenizer_name
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is built from source")
 
@@ -26,11 +27,35 @@ TEXTS = (
     "<|im_start|>user\n你好<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nyes<|im_end|>",
     "3.14159 1e-10 0x1F ½ ² Ⅷ ٣",
 )
+SMALL = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+DEEPSEEK = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5,
+}
+QWEN = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+YARN = {**LINEAR, "rope_type": "yarn", "original_max_position_embeddings": 64}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": (
-        "mini_llama3",
-        {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96},
-    ),
+    "llama": ("mini_llama3", SMALL),
     "llama_untied_narrow": (
         "mini_llama3",
         {
@@ -55,36 +80,28 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "deepseek": (
+    "llama_biases": ("mini_llama3", {**SMALL, "attention_bias": True, "mlp_bias": True}),
+    "llama_linear": ("mini_llama3", {**SMALL, "rope_parameters": LINEAR}),
+    "llama_yarn": ("mini_llama3", {**SMALL, "rope_parameters": YARN}),
+    "llama_yarn_attention": (
+        "mini_llama3",
+        {**SMALL, "rope_parameters": {**YARN, "attention_factor": 1.7}},
+    ),
+    "deepseek": ("mini_deepseekv3", DEEPSEEK),
+    "deepseek_halves": ("mini_deepseekv3", {**DEEPSEEK, "rope_interleave": False}),
+    "deepseek_yarn": (
         "mini_deepseekv3",
-        {
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "first_k_dense_replace": 1,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 32,
-            "qk_rope_head_dim": 32,
-            "v_head_dim": 32,
-            "moe_intermediate_size": 32,
-            "routed_scaling_factor": 1.5,
-        },
+        {**DEEPSEEK, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
     ),
-    "qwen": (
+    "deepseek_yarn_one": (
+        "mini_deepseekv3",
+        {**DEEPSEEK, "rope_parameters": {**YARN, "attention_factor": 1.0}},
+    ),
+    "qwen_yarn": (
         "mini_qwen3_next",
-        {
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-        },
+        {**QWEN, "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}},
     ),
+    "qwen": ("mini_qwen3_next", QWEN),
 }
 
 
@@ -125,6 +142,10 @@ def run(path: Path, tokens: list[int]) -> np.ndarray[Any, Any]:
         logits_all=True,
         type_k=0,
         type_v=0,
+        # what the file says, as llama.cpp's own programs do; the binding has its own numbers
+        yarn_attn_factor=-1.0,
+        yarn_beta_fast=-1.0,
+        yarn_beta_slow=-1.0,
         verbose=False,
     )
     engine.eval(tokens)
@@ -177,9 +198,31 @@ def test_unknown_pre_tokenizer_is_refused() -> None:
         pre_tokenizer_name({"pre_tokenizer": {"type": "Whitespace"}})
 
 
-def test_dense_layer_of_qwen_is_refused(bundled: Any, tmp_path: Path) -> None:
-    name, shape = SHAPES["qwen"]
-    save(name, shape | {"mlp_only_layers": [0]}, bundled, tmp_path / "model")
-    with pytest.raises(InputError, match="dense layers"):
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "mini_llama3",
+        {"rope_parameters": {**LINEAR, "rope_type": "dynamic"}},
+        "`dynamic` in `llama`",
+    ),
+    ("mini_llama3", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "its own `beta_fast`"),
+    ("mini_llama3", {"rope_parameters": {**YARN, "truncate": False}}, "or `truncate`"),
+    ("mini_deepseekv3", DEEPSEEK | {"rope_parameters": LINEAR}, "`linear` in `deepseek2`"),
+    ("mini_deepseekv3", DEEPSEEK | {"rope_parameters": YARN}, "`mscale` is not"),
+    ("mini_deepseekv3", DEEPSEEK | {"q_lora_rank": None}, "without `q_lora_rank`"),
+    ("mini_deepseekv3", DEEPSEEK | {"attention_bias": True}, "with biases"),
+    ("mini_deepseekv3", DEEPSEEK | {"num_hidden_layers": 26}, "26 layers"),
+    ("mini_qwen3_next", QWEN | {"mlp_only_layers": [0]}, "dense layers"),
+    ("mini_qwen3_next", QWEN | {"attention_bias": True}, "with biases"),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "said"), REFUSED)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    name: str, shape: dict[str, Any], said: str, bundled: Any, tmp_path: Path
+) -> None:
+    small = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    save(name, small | shape, bundled, tmp_path / "model")
+    with pytest.raises(InputError, match=said) as caught:
         export_gguf(tmp_path / "model", tmp_path / "out")
+    assert caught.value.hint
     assert not (tmp_path / "out").exists()
