@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from minillm.data.sft import prepare_sft
 from minillm.files import sha256_file
+from minillm.log import Silent
+from minillm.settings import PrepareSftConfig
 from minillm.train.metrics import read_metrics
 
 STEPS = 24
@@ -61,30 +64,73 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
-)
-def test_a_stopped_run_continues_to_the_bit(
-    number: int, code: int, corpus: Path, whole: Path, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    process = start(command(corpus, run))
-    wait_for_step(run, 14, process)
-    process.send_signal(number)
-    _, talk = process.communicate(timeout=60)
-    assert process.returncode == code, talk
-    if number != signal.SIGKILL:
-        assert f"minillm pretrain --resume {run}" in talk
-
-    again = [sys.executable, "-m", "minillm", "pretrain", "--resume", str(run)]
-    done = subprocess.run(again, capture_output=True, text=True, check=False, env=ENV)
+def disturb(words: list[str], run: Path, kinds: list[tuple[int, int, int]]) -> None:
+    """Run a command, stop it by each signal at its step, and let it finish."""
+    stage = words[3]
+    for number, step, code in kinds:
+        process = start(words)
+        wait_for_step(run, step, process)
+        process.send_signal(number)
+        _, talk = process.communicate(timeout=60)
+        assert process.returncode == code, talk
+        if number != signal.SIGKILL:
+            assert f"minillm {stage} --resume {run}" in talk
+        words = [sys.executable, "-m", "minillm", stage, "--resume", str(run)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=ENV)
     assert done.returncode == 0, done.stderr
+
+
+def assert_equal_to_the_bit(run: Path, whole: Path, steps: int) -> None:
     assert curve(run) == curve(whole)
     for name in (
         "final/model.safetensors",
-        f"checkpoints/step-{STEPS:07d}/trainer_state.safetensors",
+        f"checkpoints/step-{steps:07d}/trainer_state.safetensors",
     ):
         assert sha256_file(run / name) == sha256_file(whole / name), name
+
+
+def test_a_stopped_run_continues_to_the_bit(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    kinds = [(signal.SIGTERM, 6, 143), (signal.SIGINT, 12, 130), (signal.SIGKILL, 18, -9)]
+    disturb(command(corpus, run), run, kinds)
+    assert_equal_to_the_bit(run, whole, STEPS)
+
+
+@pytest.fixture(scope="module")
+def dialogues(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A parquet of the bundled dialogues, packed into rows of 256 tokens."""
+    out = tmp_path_factory.mktemp("sft") / "sft.parquet"
+    cfg = PrepareSftConfig(
+        out=out, tokenizer=corpus / "tokenizer", sequence_length=256, max_dialogues=200
+    )
+    prepare_sft(cfg, Silent())
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("architecture", ["mini_llama3", "mini_deepseekv3", "mini_qwen3_next"])
+def test_every_architecture_and_optimizer_continues_to_the_bit(
+    architecture: str, optimizer: str, corpus: Path, dialogues: Path, tmp_path: Path
+) -> None:
+    def words(stage: str, run: Path, *extra: str) -> list[str]:
+        made = command(corpus, run)
+        made[3] = stage
+        place = made.index("--model")
+        made[place : place + 6] = [*extra, "--out", str(run)]
+        if stage == "sft":
+            place = made.index("--tokenizer")
+            del made[place : place + 2]
+            made[made.index("--sequence-length") + 1] = "256"
+        return [*made, "--optimizer", optimizer]
+
+    tokens = ("--data", f"{corpus}/tokens/text.bin", "--model", f"{architecture}:tiny")
+    tuned = ("--data", str(dialogues), "--model", str(tmp_path / "pretrain-whole" / "final"))
+    for stage, extra in (("pretrain", tokens), ("sft", tuned)):
+        whole, run = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-run"
+        disturb(words(stage, whole, *extra), whole, [])
+        disturb(words(stage, run, *extra), run, [(signal.SIGKILL, 12, -9)])
+        assert_equal_to_the_bit(run, whole, STEPS)
 
 
 def test_the_curve_holds_every_logged_step_once(whole: Path) -> None:
