@@ -132,6 +132,11 @@ def named_os_errors(path: Path) -> Iterator[None]:
                 f"the disk is full while writing `{path}` ({free} free)",
                 hint=f"free some space (`df -h {_existing(path)}`) and run the same command again",
             ) from err
+        if err.errno == errno.EFBIG:  # FAT32 ends at 4 GB; so does `ulimit -f` somewhere
+            raise SetupError(
+                f"the file system or a limit of this account takes no larger `{path}`",
+                hint="choose a folder on another disk; `ulimit -f` shows the limit, FAT32 ends at 4 GB",
+            ) from err
         if err.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise SetupError(
                 f"cannot write `{path}`: {err.strerror}",

@@ -4,6 +4,7 @@ A member that climbs with `..`, a link, a name that appears twice or a wrong CRC
 archive. The price is disk: zip and unpacked files lie side by side until the last CRC was right.
 """
 
+import lzma
 import stat
 import zipfile
 import zlib
@@ -16,12 +17,20 @@ from minillm.errors import RunError
 from minillm.files import atomic_folder, human_bytes, require_free_space
 from minillm.log import Progress, task
 
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+_BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError),
+    *(FileExistsError, NotADirectoryError, IsADirectoryError),  # `a` and `a/b`, or `A` and `a`
+)
 _CHUNK_BYTES = 1 << 20
 
 
 def unpack(
-    archive: Path, folder: Path, progress: Progress, *, ours: Callable[[Path], bool]
+    archive: Path,
+    folder: Path,
+    progress: Progress,
+    *,
+    ours: Callable[[Path], bool],
+    record: Callable[[dict[str, str], Path], None] = lambda _digests, _fresh: None,
 ) -> dict[str, str]:
     """Make `folder` hold the files of a zip.
 
@@ -30,6 +39,8 @@ def unpack(
         folder: Replaced whole.
         progress: Told of unpacked bytes.
         ours: Tells whether an entry of an earlier `folder` may be replaced.
+        record: Told of all digests, and of the folder where the files are still, just before they
+            are put in place.
 
     Returns:
         `sha256:HEX` of each file by its path inside the zip.
@@ -48,9 +59,11 @@ def unpack(
                 atomic_folder(folder, ours=ours) as fresh,
                 task(progress, f"unpack {archive.name}", size_bytes, "bytes"),
             ):
-                return {
+                digests = {
                     member.filename: _extract(bundle, member, fresh, progress) for member in members
                 }
+                record(digests, fresh)
+        return digests
     except _BROKEN as err:
         raise RunError(
             f"`{archive}` cannot be unpacked: {err}",

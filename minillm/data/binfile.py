@@ -10,20 +10,22 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerFast
 
 from minillm.data.tokenizer import find_separator, fingerprint, token_byte_lengths
 from minillm.errors import InputError
 from minillm.files import atomic_write, human_bytes, sha256_file, write_text
 from minillm.log import logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FORMAT_VERSION = 1
 
@@ -43,7 +45,7 @@ class TokenizerFacts:
     separator_id: int
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast) -> Self:
+    def of(cls, tokenizer: "PreTrainedTokenizerFast") -> Self:
         """Read the facts from a loaded tokenizer."""
         return cls(
             vocab_size=len(tokenizer),
@@ -184,16 +186,35 @@ class BinWriter:
             InputError: An id lies outside the vocabulary.
         """
         array = np.asarray(ids, dtype=np.int64)
-        if array.size and not 0 <= int(array.min()) <= int(array.max()) < self._facts.vocab_size:
+        self.extend(array, np.array([array.size]), text_bytes)
+
+    def extend(
+        self, ids: npt.NDArray[np.integer], lengths: npt.NDArray[np.int64], text_bytes: int
+    ) -> None:
+        """Add documents; the separator is put after each.
+
+        Args:
+            ids: The tokens of all, one after the other, of shape (lengths.sum(),).
+            lengths: Tokens of each document.
+            text_bytes: UTF-8 length of all their texts.
+
+        Raises:
+            InputError: An id lies outside the vocabulary.
+        """
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._facts.vocab_size:
             raise InputError(
-                f"`{self.path}`: token ids {array.min()} to {array.max()} do not fit the "
+                f"`{self.path}`: token ids {ids.min()} to {ids.max()} do not fit the "
                 f"vocabulary of {self._facts.vocab_size}",
                 hint="use the tokenizer that made the ids",
             )
-        self._buffer += array.astype(self._dtype).tobytes()
-        self._buffer += np.array(self._facts.separator_id, dtype=self._dtype).tobytes()
-        self._num_tokens += array.size + 1
-        self._num_documents += 1
+        block = np.empty(ids.size + len(lengths), dtype=self._dtype)
+        is_separator = np.zeros(block.size, dtype=bool)
+        is_separator[np.cumsum(lengths + 1) - 1] = True
+        block[is_separator] = self._facts.separator_id
+        block[~is_separator] = ids
+        self._buffer += block.tobytes()
+        self._num_tokens += block.size
+        self._num_documents += len(lengths)
         self._text_bytes += text_bytes
         if len(self._buffer) >= _BUFFER_BYTES:
             self._flush()
@@ -225,7 +246,7 @@ class TokenFile:
         cls,
         path: Path,
         *,
-        tokenizer: PreTrainedTokenizerFast | None = None,
+        tokenizer: "PreTrainedTokenizerFast | None" = None,
         verify: bool = False,
     ) -> Self:
         """Open a token file and check it.
@@ -243,7 +264,7 @@ class TokenFile:
         if not path.is_file():
             raise InputError(f"no token file at `{path}`", hint="make one with `minillm tokenize`")
         if not manifest_path(path).is_file():
-            return cls._scan(path, tokenizer)
+            return cls._scan_named(path, tokenizer)
         manifest = Manifest.read(manifest_path(path))
         if tokenizer is not None:
             require_same_tokenizer(path, manifest.tokenizer_sha256, tokenizer)
@@ -265,20 +286,31 @@ class TokenFile:
         return Manifest.read(beside).tokenizer_sha256 if beside.is_file() else None
 
     @classmethod
-    def _scan(cls, path: Path, tokenizer: PreTrainedTokenizerFast | None) -> Self:
+    def _scan_named(cls, path: Path, tokenizer: "PreTrainedTokenizerFast | None") -> Self:
         if tokenizer is None:
             raise InputError(
                 f"`{path}` has no manifest `{manifest_path(path).name}`, so its tokenizer is not "
                 "known",
                 hint="name the folder of the tokenizer that made it: `--tokenizer FOLDER`",
             )
+        size = human_bytes(path.stat().st_size)
+        logger.warning("`%s` has no manifest: scanning its %s with the given tokenizer", path, size)
+        return cls.scan(path, tokenizer)
+
+    @classmethod
+    def scan(
+        cls,
+        path: Path,
+        tokenizer: "PreTrainedTokenizerFast",
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> Self:
+        """Read a whole token file that has no manifest, to make one; told of scanned bytes.
+
+        Raises:
+            InputError: A length, an id or a lack of separators that the tokenizer cannot have made.
+        """
         facts = TokenizerFacts.of(tokenizer)
         tokens = _map(path, facts.dtype)
-        logger.warning(
-            "`%s` has no manifest: scanning its %s with the given tokenizer",
-            path,
-            human_bytes(tokens.nbytes),
-        )
         lengths = token_byte_lengths(tokenizer)
         num_documents = text_bytes = 0
         for begin in range(0, len(tokens), _SCAN_TOKENS):
@@ -286,6 +318,7 @@ class TokenFile:
             _check_ids(path, piece, facts.vocab_size)
             num_documents += int(np.count_nonzero(piece == facts.separator_id))
             text_bytes += int(lengths[piece].sum(dtype=np.int64))
+            advance(piece.nbytes)
         if num_documents == 0:
             raise InputError(
                 f"`{path}` holds no separator {facts.separator_id}: it was made with another "
@@ -306,7 +339,9 @@ class TokenFile:
         return cls(path, manifest, tokens)
 
 
-def require_same_tokenizer(path: Path, made_with: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def require_same_tokenizer(
+    path: Path, made_with: str, tokenizer: "PreTrainedTokenizerFast"
+) -> None:
     """Refuse to mix the ids of two tokenizers.
 
     Raises:

@@ -1,12 +1,14 @@
 """ModelScope and Hugging Face behind one interface: what files a set has, how big, which checksum.
 
-Both hubs are asked directly, with the time-outs and retries of `minillm.data.fetch`. Their own
-clients each miss a fault that the other notices: one accepts a flipped byte of the right size, one
-follows a listed path out of the target folder, and neither resumes and retries everywhere. The
-price is that the two listing formats are read here, in some forty lines.
+Both hubs are asked directly, with the time-outs, retries and stop signal of `minillm.data.web`,
+rather than through their clients: `modelscope_hub` lists only whole repositories, and
+`huggingface_hub` follows a mirror's link to the next page back to the hub that it mirrors. The
+price is that the two listing formats are read here, in some forty lines; docs/download.md has the
+measurements.
 
-Environment: `MODELSCOPE_ENDPOINT` and `HF_ENDPOINT` name a mirror; `HF_TOKEN`, or a login of the
-`hf` command, is sent to Hugging Face only.
+Environment: `MODELSCOPE_ENDPOINT` (or `MODELSCOPE_DOMAIN`) and `HF_ENDPOINT` name a mirror;
+`MODELSCOPE_API_TOKEN` is sent to ModelScope only, `HF_TOKEN` or a login of the `hf` command to
+Hugging Face only; `HTTPS_PROXY` and its kin are obeyed.
 """
 
 import os
@@ -20,30 +22,35 @@ from urllib.parse import quote, urlencode, urlsplit
 from huggingface_hub import get_token
 
 from minillm.data.catalog import Place
-from minillm.data.fetch import RemoteFile, UnreachableError, Web
+from minillm.data.fetch import RemoteFile
+from minillm.data.web import UnreachableError, Web
 from minillm.errors import RunError
 from minillm.log import Progress, task
 
 PAGE_SIZE = 200  # of ModelScope's listing; Hugging Face chooses its own
 TITLES = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}
+_ENDPOINTS = {
+    "modelscope": (("MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN"), "https://modelscope.cn"),
+    "huggingface": (("HF_ENDPOINT",), "https://huggingface.co"),
+}
 
 
 def endpoint(hub: str) -> str:
     """Return the address of a hub or of the mirror that stands for it."""
-    names = {
-        "modelscope": ("MODELSCOPE_ENDPOINT", "https://modelscope.cn"),
-        "huggingface": ("HF_ENDPOINT", "https://huggingface.co"),
-    }
-    variable, official = names[hub]
-    return (os.environ.get(variable) or official).rstrip("/")
+    variables, official = _ENDPOINTS[hub]
+    found = [os.environ.get(name, "").strip() for name in variables]
+    address = next(filter(None, found), official).rstrip("/")
+    return address if "://" in address else f"https://{address}"
 
 
 def auth_headers(hub: str) -> dict[str, str]:
-    """Return the headers that prove who asks, if the hub has a token of ours."""
-    if hub != "huggingface":
-        return {}
-    token = get_token()
-    return {"Authorization": f"Bearer {token}"} if token else {}
+    """Return the headers that prove who asks, if we have a token for the hub."""
+    if hub == "huggingface":
+        token = get_token()
+        return {"Authorization": f"Bearer {token}"} if token else {}
+    token = os.environ.get("MODELSCOPE_API_TOKEN", "").strip()
+    # Its client sends both too: older addresses of the hub read only the cookie.
+    return {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"} if token else {}
 
 
 def list_files(place: Place, web: Web, progress: Progress) -> list[RemoteFile]:
@@ -58,7 +65,7 @@ def list_files(place: Place, web: Web, progress: Progress) -> list[RemoteFile]:
         SetupError: The hub wants a token.
     """
     lister = _list_modelscope if place.hub == "modelscope" else _list_huggingface
-    found = {}
+    found: dict[str, RemoteFile] = {}
     with task(progress, f"list {place.repo} on {TITLES[place.hub]}", None, "files"):
         for remote in lister(place, web):
             progress.advance(1)
@@ -107,16 +114,22 @@ def _list_modelscope(place: Place, web: Web) -> Iterator[RemoteFile]:
     query: dict[str, Any] = {"Revision": "master", "Recursive": "True", "PageSize": PAGE_SIZE}
     if place.folder:
         query["Root"] = place.folder
-    number, is_last = 0, False
+    number, seen, is_last = 0, set[str](), False
     while not is_last:
         number += 1
         url = f"{base}/tree?{urlencode({**query, 'PageNumber': number})}"
-        answer, _ = web.get_json(url, {})
+        # A later page is now and then forbidden for no reason: the first has shown that we may.
+        retry = {403} if number > 1 else set[int]()
+        answer, _ = web.get_json(url, auth_headers(place.hub), retry_too=retry)
         with _as_listing(url):
             items = answer["Data"]["Files"]
             page = [_from_modelscope(item, base) for item in items if item["Type"] != "tree"]
-        yield from page
+            names = {item["Path"] for item in items}
         is_last = len(items) < PAGE_SIZE
+        if not is_last and names <= seen:
+            raise _endless(url)
+        seen |= names
+        yield from page
 
 
 def _from_modelscope(item: Any, base: str) -> RemoteFile:
@@ -135,7 +148,11 @@ def _list_huggingface(place: Place, web: Web) -> Iterator[RemoteFile]:
     resolve = f"{base}/{prefix}{place.repo}/resolve/{commit}"
     tree = f"{api}/tree/{commit}" + (f"/{quote(place.folder)}" if place.folder else "")
     query = "recursive=true&expand=false"
+    seen = set[str]()
     while query:
+        if query in seen:
+            raise _endless(f"{tree}?{query}")
+        seen.add(query)
         answer, reply = web.get_json(f"{tree}?{query}", headers)
         with _as_listing(tree):
             page = [_from_huggingface(item, resolve) for item in answer if item["type"] == "file"]
@@ -147,6 +164,13 @@ def _list_huggingface(place: Place, web: Web) -> Iterator[RemoteFile]:
 def _from_huggingface(item: Any, resolve: str) -> RemoteFile:
     digest = f"sha256:{item['lfs']['oid']}" if item.get("lfs") else f"git:{item['oid']}"
     return RemoteFile(item["path"], int(item["size"]), digest, f"{resolve}/{quote(item['path'])}")
+
+
+def _endless(url: str) -> UnreachableError:
+    return UnreachableError(
+        f"`{url}` gives the same page of its listing again and again",
+        hint="choose another `--hub`, or another mirror in MODELSCOPE_ENDPOINT or HF_ENDPOINT",
+    )
 
 
 @contextmanager

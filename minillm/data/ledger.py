@@ -2,7 +2,8 @@
 
 One JSON line per verified file, only ever appended: a crash can spoil the last line, which is then
 ignored, and the file it spoke of is hashed once more. A file counts as unchanged while its size and
-modification time are those of its line.
+its times of modification and of change are those of its line: no program can write to it and set
+the latter back. What a disk loses by itself is seen by `--verify` only.
 """
 
 import json
@@ -24,6 +25,7 @@ class Entry:
     path: str
     size_bytes: int
     mtime_ns: int
+    ctime_ns: int
     digest: str
     members: tuple[str, ...] = ()
 
@@ -56,17 +58,18 @@ class Ledger:
         return self._entries.get(path)
 
     def is_unchanged(self, path: str, file: Path) -> bool:
-        """Tell whether `file` still has the size and time of its line."""
+        """Tell whether `file` still has the size and times of its line."""
         entry = self.find(path)
         if entry is None or not file.is_file():
             return False
         stat = file.stat()
-        return (stat.st_size, stat.st_mtime_ns) == (entry.size_bytes, entry.mtime_ns)
+        found = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        return found == (entry.size_bytes, entry.mtime_ns, entry.ctime_ns)
 
     def add(self, path: str, file: Path, digest: str, members: tuple[str, ...] = ()) -> None:
         """Write down that `file` was verified just now."""
         stat = file.stat()
-        entry = Entry(path, stat.st_size, stat.st_mtime_ns, digest, members)
+        entry = Entry(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, digest, members)
         self._entries[path] = entry
         if not self._is_read_only:
             with named_os_errors(self._path), self._path.open("a", encoding="utf-8") as stream:

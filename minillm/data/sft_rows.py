@@ -19,7 +19,7 @@ from minillm.errors import InputError
 from minillm.files import sha256_file
 
 METADATA_KEY = b"minillm"
-_LISTS = ("token_ids", "labels", "position_ids", "attention_mask", "sample_lengths")
+LISTS = ("token_ids", "labels", "position_ids", "attention_mask", "sample_lengths")
 _BATCH_ROWS = 1024
 
 Ints = npt.NDArray[np.int64]
@@ -67,9 +67,9 @@ class SftRows:
         """
         try:
             with pq.ParquetFile(path) as file:
-                names = [name for name in (*_LISTS, "length") if name in file.schema_arrow.names]
-                _check_columns(path, names)
-                metadata = _metadata(file.schema_arrow.metadata or {})
+                names = [name for name in (*LISTS, "length") if name in file.schema_arrow.names]
+                check_columns(path, names)
+                metadata = _beside(path) | _metadata(file.schema_arrow.metadata or {})
                 dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
                 parts, first = [], 0
                 for batch in file.iter_batches(_BATCH_ROWS, columns=names):
@@ -126,13 +126,54 @@ class SftRows:
         return SftRow(ids, labels, (place - begins).astype(np.int32))
 
 
-def _check_columns(path: Path, names: list[str]) -> None:
+def read_batch(
+    path: Path, first: int, batch: pa.RecordBatch, vocab_size: int
+) -> tuple[Ints, npt.NDArray[Any], Bools, Bools]:
+    """Check some rows of a file and return row lengths, ids, learned and starts, unpadded.
+
+    Args:
+        path: The file, for messages.
+        first: Row of the file that `batch` begins with.
+        batch: Rows with the columns that `SftRows.open` knows.
+        vocab_size: Every id must be below.
+
+    Raises:
+        InputError: A row contradicts itself; it is named.
+    """
+    return _Batch(path, first, batch).read(vocab_size, np.uint32)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what a file, or what lies beside it, says of its making; nothing if it does not.
+
+    Raises:
+        InputError: What lies beside it is broken.
+    """
+    return _beside(path) | _metadata(pq.read_schema(path).metadata or {})
+
+
+def check_columns(path: Path, names: list[str]) -> None:
+    """Raise InputError unless the columns are those of SFT rows."""
     for name in ("token_ids", "labels"):
         if name not in names:
             raise InputError(
                 f"`{path}` has no column `{name}`, so it is no SFT parquet",
                 hint="make one from dialogues: `minillm prepare-sft --data FILE.jsonl`",
             )
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """Read what `minillm download` knows of a published parquet, which says nothing itself."""
+    beside = path.with_name(f"{path.name}.json")
+    if not beside.is_file():
+        return {}
+    try:
+        return {"tokenizer_sha256": str(json.loads(beside.read_bytes())["tokenizer_sha256"])}
+    except (ValueError, KeyError, TypeError) as err:
+        raise InputError(
+            f"`{beside}` does not name a tokenizer: {err!r}",
+            hint=f"`minillm download` writes it again; to do without it: `rm {beside}`",
+        ) from err
 
 
 def _metadata(raw: dict[bytes, bytes]) -> dict[str, Any]:

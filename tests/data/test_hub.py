@@ -1,8 +1,10 @@
 """Downloads against a hub that fails in the ways hubs and networks do: right bytes, or an error."""
 
+import json
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 
-from minillm.data import fetch
+from minillm.data import web
+from minillm.data.catalog import find_sets
 from minillm.data.download import download, plan
-from minillm.data.fetch import CHUNK_BYTES, TRIES, asked_wait_s
-from minillm.data.hub import check_relative
+from minillm.data.fetch import CHUNK_BYTES
+from minillm.data.hub import check_relative, endpoint, list_files
+from minillm.data.web import TRIES, Web, asked_wait_s
 from minillm.errors import ConfigError, InputError, MinillmError, RunError, SetupError
 from minillm.files import folder_lock
 from minillm.log import Silent
@@ -22,9 +27,10 @@ from minillm.settings import DownloadConfig
 from tests.data.loopback_hub import Fault, LoopbackHub, make_zip, running_hub
 
 MINE = "wangkunqing/mini_llm_dataset"
+DEEPCTRL = "deepctrl/deepctrl-sft-data"
 FINEWEB = "opencsg/Fineweb-Edu-Chinese-V2.1"
 TOKENIZER = "WKQ9411/Mini-Qwen3-Next-160M-A100M-SFT"
-YARN = "fineweb_edu_sampled_0.1_percent.bin"
+JSONL = "sft_data_zh.jsonl"
 BIG = random.Random(0).randbytes(5 * CHUNK_BYTES + 123)
 PARQUET = {f"4_5/{i:04d}.parquet": random.Random(i).randbytes(1000 + i) for i in range(8)}
 
@@ -36,12 +42,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
         monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/")
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.01)
+        monkeypatch.setattr(web, "FIRST_WAIT_S", 0.01)
         hub.repos[FINEWEB] = {**PARQUET, "README.md": b"#", "2_3/0.parquet": b"low score"}
         hub.repos[MINE] = {
-            YARN: BIG,
             "grpo_data.zip": make_zip({"a/train.parquet": b"t" * 5000, "b.parquet": b"v" * 50}),
         }
+        hub.repos[DEEPCTRL] = {JSONL: BIG}
         hub.repos[TOKENIZER] = {"tokenizer.json": b"{}" * 99, "model.safetensors": b"w" * 9999}
         hub.small.add("tokenizer.json")
         yield hub
@@ -89,13 +95,6 @@ def test_modelscope_listings_of_many_pages_are_read_to_the_end(
     assert files_below(get("2", hub="modelscope").out / "raw/fineweb-edu-zh") == PARQUET
 
 
-def test_a_tokenized_set_brings_its_tokenizer_and_no_weights(hub: LoopbackHub, get: Any) -> None:
-    assert files_below(get("yarn-bin").out) == {
-        "tokenizer/tokenizer.json": b"{}" * 99,
-        f"yarn/{YARN}": BIG,
-    }
-
-
 def test_a_token_goes_to_the_hub_but_not_to_its_cdn(hub: LoopbackHub, get: Any) -> None:
     get("tokenizer")
     sent = {r.path.split("/")[1]: r.authorization for r in hub.requests}
@@ -107,9 +106,9 @@ def test_a_token_goes_to_the_hub_but_not_to_its_cdn(hub: LoopbackHub, get: Any) 
 
 
 def test_a_cut_body_is_continued_where_it_stopped(hub: LoopbackHub, get: Any) -> None:
-    hub.faults[YARN] = [Fault("cut", at=3 * CHUNK_BYTES)]
-    done = get("9")
-    assert (done.out / "yarn" / YARN).read_bytes() == BIG
+    hub.faults[JSONL] = [Fault("cut", at=3 * CHUNK_BYTES)]
+    done = get("6")
+    assert (done.out / "dialogues" / JSONL).read_bytes() == BIG
     first, second = (r for r in hub.bodies() if "FilePath" in r.path)
     assert (first.range, second.range) == ("", f"bytes={3 * CHUNK_BYTES}-")
 
@@ -117,12 +116,12 @@ def test_a_cut_body_is_continued_where_it_stopped(hub: LoopbackHub, get: Any) ->
 def test_a_part_left_by_a_killed_run_is_continued(
     hub: LoopbackHub, get: Any, tmp_path: Path
 ) -> None:
-    part = tmp_path / "data/.downloads/yarn-bin/parts" / f"{YARN}.part"
+    part = tmp_path / "data/.downloads/deepctrl-jsonl/parts" / f"{JSONL}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(BIG[:100_000])
-    done = get("9")
-    assert (done.out / "yarn" / YARN).read_bytes() == BIG
-    assert done.reports[1].fetched_bytes == len(BIG) - 100_000
+    done = get("6")
+    assert (done.out / "dialogues" / JSONL).read_bytes() == BIG
+    assert done.reports[0].fetched_bytes == len(BIG) - 100_000
     assert [r.range for r in hub.bodies() if "FilePath" in r.path] == ["bytes=100000-"]
     assert not part.parent.exists()
 
@@ -131,35 +130,35 @@ def test_a_part_left_by_a_killed_run_is_continued(
 def test_a_part_that_is_not_of_this_file_is_thrown_away(
     hub: LoopbackHub, get: Any, tmp_path: Path, part: bytes
 ) -> None:
-    path = tmp_path / "data/.downloads/yarn-bin/parts" / f"{YARN}.part"
+    path = tmp_path / "data/.downloads/deepctrl-jsonl/parts" / f"{JSONL}.part"
     path.parent.mkdir(parents=True)
     path.write_bytes(part)
-    assert (get("9").out / "yarn" / YARN).read_bytes() == BIG
+    assert (get("6").out / "dialogues" / JSONL).read_bytes() == BIG
 
 
 def test_a_server_that_ignores_ranges_costs_the_whole_file_but_not_its_truth(
     hub: LoopbackHub, get: Any
 ) -> None:
-    hub.faults[YARN] = [Fault("cut", at=CHUNK_BYTES), Fault("ignore_range")]
-    assert (get("9").out / "yarn" / YARN).read_bytes() == BIG
+    hub.faults[JSONL] = [Fault("cut", at=CHUNK_BYTES), Fault("ignore_range")]
+    assert (get("6").out / "dialogues" / JSONL).read_bytes() == BIG
 
 
 @pytest.mark.parametrize(("kind", "at"), [("cut", 0), ("cut_whole", 2 * CHUNK_BYTES)])
 def test_a_server_that_never_gets_farther_is_given_up(
     hub: LoopbackHub, get: Any, kind: str, at: int
 ) -> None:
-    hub.faults[YARN] = [Fault(kind, times=99, at=at)]
+    hub.faults[JSONL] = [Fault(kind, times=99, at=at)]
     with pytest.raises(RunError, match=f"{TRIES} times in a row"):
-        get("9")
+        get("6")
 
 
 def test_wrong_bytes_once_are_fetched_again(hub: LoopbackHub, get: Any) -> None:
-    hub.faults[YARN] = [Fault("flip", at=70_000)]
-    assert (get("9").out / "yarn" / YARN).read_bytes() == BIG
+    hub.faults[JSONL] = [Fault("flip", at=70_000)]
+    assert (get("6").out / "dialogues" / JSONL).read_bytes() == BIG
 
 
 @pytest.mark.parametrize(
-    ("sets", "path"), [("9", YARN), ("tokenizer", "tokenizer.json"), ("11", "grpo_data.zip")]
+    ("sets", "path"), [("6", JSONL), ("tokenizer", "tokenizer.json"), ("11", "grpo_data.zip")]
 )
 def test_wrong_bytes_are_never_accepted(
     hub: LoopbackHub, get: Any, tmp_path: Path, sets: str, path: str
@@ -175,23 +174,23 @@ def test_wrong_bytes_are_never_accepted(
 def test_a_login_page_instead_of_the_file_does_not_cost_the_part(
     hub: LoopbackHub, get: Any
 ) -> None:
-    hub.faults[YARN] = [Fault("cut", at=2 * CHUNK_BYTES), Fault("html")]
-    get("9")
+    hub.faults[JSONL] = [Fault("cut", at=2 * CHUNK_BYTES), Fault("html")]
+    get("6")
     ranges = [r.range for r in hub.bodies() if "FilePath" in r.path]
     assert ranges == ["", *[f"bytes={2 * CHUNK_BYTES}-"] * 2]
 
 
-@pytest.mark.parametrize("path", [YARN, "listing"])
+@pytest.mark.parametrize("path", [JSONL, "listing"])
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_a_busy_hub_is_asked_again(hub: LoopbackHub, get: Any, path: str, status: int) -> None:
     hub.faults[path] = [Fault("status", times=2, status=status)]
-    assert (get("9").out / "yarn" / YARN).read_bytes() == BIG
+    assert (get("6").out / "dialogues" / JSONL).read_bytes() == BIG
 
 
 def test_retry_after_is_waited_for(hub: LoopbackHub, get: Any) -> None:
-    hub.faults[YARN] = [Fault("status", status=429, headers={"Retry-After": "1"})]
+    hub.faults[JSONL] = [Fault("status", status=429, headers={"Retry-After": "1"})]
     start = time.monotonic()
-    get("9")
+    get("6")
     assert time.monotonic() - start >= 1
 
 
@@ -285,46 +284,16 @@ def test_a_link_inside_the_folder_is_not_followed_out(
     assert list(outside.iterdir()) == []
 
 
-def test_a_file_of_the_users_own_is_never_overwritten(
-    hub: LoopbackHub, get: Any, tmp_path: Path
-) -> None:
-    own = tmp_path / "data/tokenizer/tokenizer.json"
-    own.parent.mkdir(parents=True)
-    own.write_text("mine")
-    with pytest.raises(InputError, match="is not the file of set `tokenizer`"):
-        get("9")
-    assert own.read_text() == "mine"
-
-
-def test_a_right_file_that_was_brought_by_other_means_is_taken(
-    hub: LoopbackHub, get: Any, tmp_path: Path
-) -> None:
-    own = tmp_path / "data/yarn" / YARN
-    own.parent.mkdir(parents=True)
-    own.write_bytes(BIG)
-    assert [report.fetched_bytes for report in get("9").reports] == [198, 0]
-
-
 @pytest.mark.parametrize("damage", ["flip", "cut"])
 def test_a_file_damaged_later_is_noticed_kept_aside_and_fetched_again(
     hub: LoopbackHub, get: Any, damage: str
 ) -> None:
-    target = get("9").out / "yarn" / YARN
+    target = get("6").out / "dialogues" / JSONL
     bad = BIG[:1000] if damage == "cut" else b"\0" + BIG[1:]
     target.write_bytes(bad)
-    done = get("9")
+    done = get("6")
     assert target.read_bytes() == BIG
-    assert (done.out / ".downloads/yarn-bin/replaced" / YARN).read_bytes() == bad
-
-
-def test_verify_notices_what_size_and_time_hide(hub: LoopbackHub, get: Any) -> None:
-    target = get("9").out / "yarn" / YARN
-    stat = target.stat()
-    target.write_bytes(b"\0" + BIG[1:])
-    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert get("9").reports[1].fetched_bytes == 0
-    assert get("9", verify=True).reports[1].fetched_bytes == len(BIG)
-    assert target.read_bytes() == BIG
+    assert (done.out / ".downloads/deepctrl-jsonl/replaced" / JSONL).read_bytes() == bad
 
 
 def test_a_zip_is_unpacked_and_not_kept(hub: LoopbackHub, get: Any) -> None:
@@ -362,15 +331,6 @@ def test_a_bad_zip_leaves_nothing(hub: LoopbackHub, get: Any, tmp_path: Path) ->
     assert files_below(tmp_path) == {}
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(
-    hub: LoopbackHub, get: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=len(BIG)))
-    with pytest.raises(SetupError, match="the download needs"):
-        get("9")
-    assert hub.bodies() == []
-
-
 def test_two_downloads_of_one_set_do_not_mix(hub: LoopbackHub, get: Any, tmp_path: Path) -> None:
     with (
         folder_lock(tmp_path / "data/.downloads/grpo"),
@@ -379,14 +339,174 @@ def test_two_downloads_of_one_set_do_not_mix(hub: LoopbackHub, get: Any, tmp_pat
         get("11")
 
 
+def test_a_file_of_the_users_own_is_never_overwritten(
+    hub: LoopbackHub, get: Any, tmp_path: Path
+) -> None:
+    own = tmp_path / "data/tokenizer/tokenizer.json"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    with pytest.raises(InputError, match="is not the file of set `tokenizer`"):
+        get("9")
+    assert own.read_text() == "mine"
+
+
+def test_a_right_file_that_was_brought_by_other_means_is_taken(
+    hub: LoopbackHub, get: Any, tmp_path: Path
+) -> None:
+    own = tmp_path / "data/dialogues" / JSONL
+    own.parent.mkdir(parents=True)
+    own.write_bytes(BIG)
+    assert get("6").reports[0].fetched_bytes == 0
+
+
+def test_a_change_whose_time_was_set_back_is_noticed(hub: LoopbackHub, get: Any) -> None:
+    target = get("6").out / "dialogues" / JSONL
+    stat = target.stat()
+    target.write_bytes(b"\0" + BIG[1:])
+    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert get("6").reports[0].fetched_bytes == len(BIG)
+    assert target.read_bytes() == BIG
+
+
+def test_verify_notices_what_a_disk_lost_by_itself(hub: LoopbackHub, get: Any) -> None:
+    done = get("6")
+    target, ledger = done.out / "dialogues" / JSONL, done.out / ".downloads/deepctrl-jsonl"
+    target.write_bytes(b"\0" + BIG[1:])
+    line = json.loads((ledger / "verified.jsonl").read_text())
+    stat = target.stat()  # as if the file system had not noticed
+    times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    (ledger / "verified.jsonl").write_text(json.dumps({**line, **times}))
+    assert get("6").reports[0].fetched_bytes == 0
+    assert get("6", verify=True).reports[0].fetched_bytes == len(BIG)
+    assert target.read_bytes() == BIG
+
+
+@pytest.mark.parametrize(("free", "is_enough"), [(1.05, False), (1.15, True)])
+def test_a_disk_needs_a_tenth_more_than_the_files(
+    hub: LoopbackHub, get: Any, monkeypatch: pytest.MonkeyPatch, free: float, is_enough: bool
+) -> None:
+    space = SimpleNamespace(free=int(free * len(BIG)))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: space)
+    if is_enough:
+        get("6")
+        return
+    with pytest.raises(SetupError, match="the download"):
+        get("6")
+    assert hub.bodies() == []
+
+
 def test_a_plan_writes_nothing(hub: LoopbackHub, tmp_path: Path) -> None:
-    config = DownloadConfig(sets=("9",), out=tmp_path / "data")
+    config = DownloadConfig(sets=("6", "tokenizer"), out=tmp_path / "data")
     plans = plan(config, Silent())
-    assert [item.fetch_bytes for item in plans] == [198, len(BIG)]
+    assert [item.fetch_bytes for item in plans] == [len(BIG), 198]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_next_step_names_a_file_that_is_there(hub: LoopbackHub, get: Any) -> None:
-    command = get("9").reports[1].next_step
-    assert command.startswith("minillm pretrain --data ")
+    command = get("6").reports[0].next_step
+    assert command.startswith("minillm prepare-sft --data ")
     assert Path(command.split()[-1]).is_file()
+
+
+def test_a_model_is_fetched_by_its_id_without_code_and_pickles(hub: LoopbackHub, get: Any) -> None:
+    weights, config = b"w" * 9999, b'{"model_type": "mini_llama3"}'
+    hub.repos["WKQ9411/Mini-Llama3-100M-Base"] = {
+        "config.json": config,
+        "model.safetensors": weights,
+        "pytorch_model.bin": b"a pickle",
+        "modeling.py": b"code",
+    }
+    done = get("WKQ9411/Mini-Llama3-100M-Base")
+    assert files_below(done.out) == {
+        "models/Mini-Llama3-100M-Base/config.json": config,
+        "models/Mini-Llama3-100M-Base/model.safetensors": weights,
+    }
+    assert done.reports[0].next_step == f"minillm chat {done.reports[0].folder}"
+
+
+def test_another_process_gets_the_tokenizer_while_the_set_is_fetched(
+    hub: LoopbackHub, get: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.faults[JSONL] = [Fault("stall", at=CHUNK_BYTES)]
+    first = threading.Thread(target=lambda: get("tokenizer", "6"))
+    first.start()
+    part = tmp_path / "data/.downloads/deepctrl-jsonl/parts" / f"{JSONL}.part"
+    while not (part.exists() and part.stat().st_size):
+        time.sleep(0.01)
+    assert get("tokenizer").reports[0].fetched_bytes == 0
+    with pytest.raises(RunError, match="another process"):
+        get("6")
+    hub.released.set()
+    first.join(30)
+    assert (tmp_path / "data/dialogues" / JSONL).read_bytes() == BIG
+
+
+@pytest.mark.parametrize("name", ["modelscope", "huggingface"])
+def test_a_proxy_is_used(
+    hub: LoopbackHub, get: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://modelscope.invalid")
+    monkeypatch.setenv("HF_ENDPOINT", "http://huggingface.invalid")
+    monkeypatch.setenv("HTTP_PROXY", hub.url)
+    assert files_below(get("2", hub=name).out / "raw/fineweb-edu-zh") == PARQUET
+    assert hub.requests[0].path.startswith(f"http://{name}.invalid/api/")
+
+
+def test_modelscope_gets_its_own_token_and_no_other(
+    hub: LoopbackHub, get: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "ms_secret")
+    get("6")
+    sent = {(request.authorization, request.cookie) for request in hub.requests}
+    assert sent == {("Bearer ms_secret", "m_session_id=ms_secret")}
+    hub.forget()
+    get("tokenizer")
+    assert not any("ms_secret" in r.authorization + r.cookie for r in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "address"),
+    [
+        ("MODELSCOPE_ENDPOINT", "hub.example/", "https://hub.example"),
+        ("MODELSCOPE_DOMAIN", "www.modelscope.ai", "https://www.modelscope.ai"),
+        ("HF_ENDPOINT", "http://mirror.example", "http://mirror.example"),
+        ("HF_ENDPOINT", "", "https://huggingface.co"),
+    ],
+)
+def test_endpoints(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, address: str
+) -> None:
+    for name in ("MODELSCOPE_ENDPOINT", "MODELSCOPE_DOMAIN", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    assert endpoint("huggingface" if variable.startswith("HF") else "modelscope") == address
+
+
+def test_a_later_page_that_is_forbidden_once_is_asked_again(
+    hub: LoopbackHub, get: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minillm.data.hub.PAGE_SIZE", 4)
+    hub.faults["listing"] = [Fault("none"), Fault("status", status=403)]
+    assert files_below(get("2", hub="modelscope").out / "raw/fineweb-edu-zh") == PARQUET
+
+
+def test_a_listing_without_end_is_named(
+    hub: LoopbackHub, get: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minillm.data.hub.PAGE_SIZE", 4)
+    hub.repeats_pages = True
+    with pytest.raises(RunError, match="the same page"):
+        get("2", hub="modelscope")
+
+
+def test_our_listing_is_that_of_the_official_client(hub: LoopbackHub) -> None:
+    place = find_sets(["2"])[0].places[1]
+    official = HfApi(endpoint=hub.url, token=False).list_repo_tree(
+        place.repo, repo_type="dataset", path_in_repo="4_5", recursive=True
+    )
+    theirs = [(file.path, file.size, f"sha256:{file.lfs.sha256}") for file in official]
+    ours = [
+        (file.path, file.size_bytes, file.digest) for file in list_files(place, Web(), Silent())
+    ]
+    assert ours == theirs
+    assert len(ours) == len(PARQUET)
