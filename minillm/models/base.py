@@ -40,11 +40,17 @@ def param_count(model: PreTrainedModel) -> ParamCount:
 
 
 def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
-    """Return the FLOPs of one token in training, forward and backward, of any causal LM.
+    """Return the FLOPs of one token in training, forward and backward, of any causal LM."""
+    return sum(flop_parts(model, seq_len).values())
 
-    6 for each parameter that is multiplied (Kaplan et al. 2020), the head included, and
-    12 * layers * heads * head size * seq_len for attention (PaLM, appendix B). By that convention
-    the masked half of causal attention counts, although good kernels skip it.
+
+def flop_parts(model: PreTrainedModel, seq_len: int) -> dict[str, float]:
+    """Return the FLOPs of one token in training by what they are spent on.
+
+    `matrices`: 6 for each parameter that is multiplied (Kaplan et al. 2020), the head included.
+    `attention`: 12 * layers * heads * head size * seq_len (PaLM, appendix B); by that convention
+    the masked half of causal attention counts, although good kernels skip it. Further parts come
+    from modules that have an `extra_flops(seq_len)`.
     """
     count, config = param_count(model), model.config
     head = model.get_output_embeddings()
@@ -55,7 +61,13 @@ def flops_per_token(model: PreTrainedModel, seq_len: int) -> float:
         heads: int = config.num_attention_heads
         head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
         width = config.num_hidden_layers * heads * head_dim
-    return 6.0 * multiplied + 12.0 * width * seq_len
+    parts = {"matrices": 6.0 * multiplied, "attention": 12.0 * width * seq_len}
+    for module in model.modules():
+        extra: Any = getattr(module, "extra_flops", None)
+        if extra is not None:
+            for name, number in extra(seq_len).items():
+                parts[name] = parts.get(name, 0.0) + number
+    return parts
 
 
 def _table(model: PreTrainedModel) -> nn.Parameter:
@@ -102,7 +114,11 @@ class MiniPreTrainedModel(PreTrainedModel):
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Named scalars of the last training step that a loop may log; here none."""
+        """What the last training step measured, for a loop to log; here nothing.
+
+        Named scalars, and vectors such as `expert_load/layer_3`: the load of each expert of a
+        layer in multiples of the even one.
+        """
         return {}
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minillm.models.base import MiniPreTrainedModel
 from minillm.models.loss import IGNORE
@@ -81,19 +81,36 @@ class TrainingExtras(MiniPreTrainedModel):
         """Routers, in the order of the layers."""
         return [module for module in self.modules() if isinstance(module, TopkRouter)]
 
+    def extra_flops(self, seq_len: int) -> dict[str, float]:
+        """FLOPs of a token in training for the blocks that predict further tokens, with the head.
+
+        As `flop_parts` counts them for the layers before.
+        """
+        config: Any = self.config
+        idle = 1 - config.num_experts_per_tok / config.n_routed_experts
+        total = 0.0
+        for block in self.model.layers[config.num_hidden_layers :]:
+            count = config.vocab_size * config.hidden_size
+            count += sum(p.numel() for p in block.parameters())
+            if isinstance(experts := getattr(block.mlp, "experts", None), nn.Module):
+                count -= int(idle * sum(p.numel() for p in experts.parameters()))
+            both = config.qk_head_dim + config.v_head_dim
+            total += 6.0 * count + 6.0 * config.num_attention_heads * both * seq_len
+        return {"further tokens": total} if total else {}
+
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Balance loss of a token (1: even), loss of further tokens, largest share of an expert.
+        """Balance loss of a token (1: even), loss of further tokens, and the experts' load.
 
-        A layer's largest share is in multiples of the even one.
+        The load of each expert of a layer is in multiples of the even one.
         """
-        values = {"balance": self.balance}
+        values = {"sequence_aux_loss": self.balance}
         if self.config.num_mtp_layers:
             values["mtp_loss"] = self.mtp_loss
         for name, module in self.named_modules():
             if isinstance(module, TopkRouter):
                 layer = name.split(".")[-3]
-                values[f"expert_load/layer_{layer}"] = module.load.max() * len(module.load)
+                values[f"expert_load/layer_{layer}"] = module.load * len(module.load)
         return values
 
     def update_router_bias(self) -> None:

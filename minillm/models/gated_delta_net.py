@@ -41,6 +41,17 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedRMSNorm(self.head_v_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(self.value_dim, config.hidden_size, bias=False)
 
+    def extra_flops(self, seq_len: int) -> dict[str, float]:
+        """FLOPs of a token in training that no parameter stands for, forward and backward.
+
+        The chunk form (Yang et al. 2024, section 3) as transformers computes it, in chunks of 64:
+        its matrix products, and the triangular system as half a product. The form that we compute
+        may need less; MFU is about the work that the model is, not about how it is done.
+        """
+        chunk, keys, values = min(64, seq_len), self.head_k_dim, self.head_v_dim
+        forward = 5 * chunk * keys + 3 * chunk * values + 6 * keys * values
+        return {"delta rule": 3.0 * self.num_v_heads * forward}
+
     def forward(
         self,
         x_BTD: Tensor,

@@ -308,7 +308,7 @@ class MiniQwen3NextForCausalLM(MiniQwen3NextPreTrainedModel, GenerationMixin):
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Router loss, and the busiest expert's load in each layer; 1 is balance."""
+        """Router loss, and the load of each expert in each layer; 1 is balance."""
         return self._metrics
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -356,11 +356,10 @@ class MiniQwen3NextForCausalLM(MiniQwen3NextPreTrainedModel, GenerationMixin):
             share = label_share(labels, **kwargs) if self.training and loss is not None else 1.0
             loss = None if loss is None else loss + coef * aux_loss * share
             sparse = filter(self.config.is_sparse, range(self.config.num_hidden_layers))
-            busiest_L = load_LE.amax(-1) * (load_LE.shape[1] / num_chosen)
-            self._metrics = {"router_loss": aux_loss.detach()}
-            self._metrics |= {
-                f"max_load/{idx}": x for idx, x in zip(sparse, busiest_L, strict=True)
-            }
+            load_LE = load_LE * (load_LE.shape[1] / num_chosen)
+            self._metrics = {
+                f"expert_load/layer_{idx}": x for idx, x in zip(sparse, load_LE, strict=True)
+            } | {"router_loss": aux_loss.detach()}
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

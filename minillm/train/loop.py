@@ -31,7 +31,7 @@ from minillm.train.distributed import Parallel
 from minillm.train.evaluate import evaluate, write_samples
 from minillm.train.faults import handle_nonfinite, is_out_of_memory, is_spike
 from minillm.train.job import Job
-from minillm.train.metrics import MetricLog
+from minillm.train.metrics import MetricLog, split_metrics
 from minillm.train.optim import build_optimizers
 from minillm.train.schedule import lr_share
 from minillm.train.signals import CODES, StopRequest
@@ -115,7 +115,7 @@ class _Loop:
             micro_rows = min(state.micro_rows, micro_rows)
         self.stepper = Stepper(job, parallel, optimizers, micro_rows)
         self.writer = CheckpointWriter(job)
-        self.log = MetricLog(job.run, state) if job.world.is_main else None
+        self.log = MetricLog(job.run, state, job.report.tracker) if job.world.is_main else None
         self.flops = flops_per_token(job.model, job.batch.sequence_length)
         self.peak = peak_flops(job.device, job.dtype) * job.world.size
         self.timer, self.timed_tokens = time.perf_counter(), 0
@@ -249,7 +249,7 @@ class _Loop:
         self.progress.advance(self.state.step - before)
         if self.log is not None:
             self.log.close()
-            self.log = MetricLog(self.job.run, self.state)
+            self.log = MetricLog(self.job.run, self.state, self.job.report.tracker)
 
     def write_metrics(self) -> None:
         """Log the mean loss since the last line, and the speed."""
@@ -263,15 +263,19 @@ class _Loop:
             "lr": self.optimizers[-1].param_groups[0]["lr"],
             "grad_norm": self.last_norm,
             "tokens": state.tokens,
+            "seconds": state.train_seconds,
+            "flops": state.tokens * self.flops,
             "tokens_per_s": rate,
             "memory_bytes": peak_memory_bytes(job.device),
         }
+        vectors: dict[str, list[float]] = {}
         if isinstance(job.model, MiniPreTrainedModel):
-            values |= {name: float(value) for name, value in job.model.metrics.items()}
+            scalars, vectors = split_metrics(job.model.metrics)
+            values |= scalars
         if self.peak:
             values["mfu"] = rate * self.flops / self.peak
         if self.log is not None and state.window_steps:
-            self.log.write("train", state.step, values)
+            self.log.write("train", state.step, values, vectors)
         mfu = f"  MFU {values['mfu']:.0%}" if self.peak else ""
         self.progress.note(f"loss {loss:.3f}  {human_count(rate)} tok/s{mfu}")
         state.window_loss, state.window_steps = 0.0, 0

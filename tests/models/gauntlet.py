@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import minillm.models.moe  # noqa: F401 - its operation is counted
+from minillm.models.base import flop_parts
 from minillm.models.verify import randomize
 
 VOCAB = 97
@@ -378,15 +379,16 @@ class Gauntlet:
         with counter, torch.no_grad():
             model(ids, use_cache=False)
         ran = {str(kind): 3 * n / 128 for kind, n in counter.get_flop_counts()["Global"].items()}
-        attention = 128 * (model.flops_per_token(129) - model.flops_per_token(128))
-        matrices = sum(n for kind, n in ran.items() if kind != "aten.bmm")
+        parts = flop_parts(model, 128)
+        products = sum(n for kind, n in ran.items() if "bmm" in kind)  # bmm, baddbmm
+        matrices = sum(ran.values()) - products
         # the convention counts vectors and convolutions as if they were multiplied like matrices
         others = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 1 or "conv" in n)
-        assert matrices <= model.flops_per_token(128) - attention <= matrices + 6 * others
-        if "linear_attention" in (getattr(config, "layer_types", None) or []):
-            assert attention < ran["aten.bmm"]  # the convention leaves out the recurrence
+        assert matrices <= parts["matrices"] <= matrices + 6 * others
+        if "delta rule" in parts:
+            assert parts["attention"] < products  # the rest is the form we compute it in
         else:
-            assert attention == ran["aten.bmm"]
+            assert parts["attention"] == products
 
     # ------------------------------------------------------------------ compiling
 

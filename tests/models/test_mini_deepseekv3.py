@@ -334,7 +334,7 @@ def test_balance_loss_is_that_of_the_paper() -> None:
             f = chosen.mean(0) * 8 / 2
             expected = expected + (f * share.mean(0)).sum() * kept.sum()
     tokens = mask.sum() * len(model.gates)
-    torch.testing.assert_close(model.metrics["balance"], (expected / tokens).detach())
+    torch.testing.assert_close(model.metrics["sequence_aux_loss"], (expected / tokens).detach())
     want = torch.autograd.grad(expected / 38, model.gates[0].weight, retain_graph=True)[0]
     total = torch.autograd.grad(output.loss, model.gates[0].weight)[0]
     model.config.aux_loss_alpha = 0.0
@@ -357,7 +357,7 @@ def test_biases_move_against_the_load_and_counters_start_anew() -> None:
         step[count == count.mean()] = 0.0
         torch.testing.assert_close(gate.e_score_correction_bias - old, step - step.mean())
         assert not gate.tokens_per_expert.any()
-    expected = {f"expert_load/layer_{n}": c.max() / c.mean() for n, c in enumerate(counts, 1)}
+    expected = {f"expert_load/layer_{n}": c / c.mean() for n, c in enumerate(counts, 1)}
     torch.testing.assert_close({k: v for k, v in model.metrics.items() if k in expected}, expected)
     after = model.gates[0].e_score_correction_bias.clone()
     model.update_router_bias()  # nothing counted, nothing moved
@@ -375,7 +375,7 @@ def test_bias_updates_even_out_a_lopsided_router() -> None:
         for _ in range(120):
             model(tokens, labels=tokens, use_cache=False)
             model.update_router_bias()
-            loads.append(float(model.metrics["expert_load/layer_1"]))
+            loads.append(float(model.metrics["expert_load/layer_1"].max()))
     assert loads[0] > 1.8
     assert max(loads[-10:]) < 1.25
 
@@ -455,7 +455,10 @@ def test_count_of_parameters_is_that_of_a_walk_through_the_layers() -> None:
     assert count.active == trunk + 3 * dense + 9 * (mixed - 6 * expert)
     assert round(count.active / 1e6) == 101
     width = 12 * 12 * (96 + 64) / 2
-    assert model.flops_per_token(512) == 6 * count.active + 12 * width * 512
+    trunk_flops = 6 * count.active + 12 * width * 512
+    block_params = block - 6 * expert + 32_004 * 768  # with the head, once more
+    block_flops = 6 * block_params + 12 * (width / 12) * 512
+    assert model.flops_per_token(512) == trunk_flops + block_flops
 
 
 def test_no_field_is_one_of_generation() -> None:

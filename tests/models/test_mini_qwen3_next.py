@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -16,6 +17,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.cache_utils import LinearAttentionLayer
+from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from minillm.models import MiniQwen3NextConfig, MiniQwen3NextForCausalLM, mini_qwen3_next, registry
 from minillm.models.cache import ReservedLayer
@@ -416,7 +418,9 @@ def test_router_loss_is_added_in_training_and_weighed_by_the_share_of_labels() -
     part = model(tokens, labels=tokens, num_items_in_batch=4 * 38)  # a quarter of the labels
     torch.testing.assert_close(part.loss, trained.loss / 4)
     assert float(model.metrics["router_loss"]) == pytest.approx(float(trained.aux_loss.detach()))
-    assert sorted(model.metrics)[:4] == [f"max_load/{layer}" for layer in range(4)]
+    assert sorted(model.metrics)[:4] == [f"expert_load/layer_{layer}" for layer in range(4)]
+    for layer in range(4):
+        assert float(model.metrics[f"expert_load/layer_{layer}"].mean()) == pytest.approx(1.0)
 
 
 def test_router_metrics_at_perfect_balance_and_at_collapse() -> None:
@@ -426,7 +430,7 @@ def test_router_metrics_at_perfect_balance_and_at_collapse() -> None:
     model(ids(2, 20), labels=ids(2, 20))
     # equal probabilities: the loss is 1 whoever wins the tie; all tokens go to that one expert
     assert float(model.metrics["router_loss"]) == pytest.approx(1.0)
-    assert float(model.metrics["max_load/0"]) == 4.0
+    assert sorted(model.metrics["expert_load/layer_0"].tolist()) == [0.0, 0.0, 0.0, 4.0]
 
 
 # ----------------------------------------------------------------------------- counts, declarations
@@ -440,7 +444,18 @@ def test_parameters_are_counted_by_formula(model: Any) -> None:
     total = 97 * 32 + 3 * linear + full + 4 * (sparse + 64) + 32
     count = model.param_count()
     assert (count.total, count.active) == (total, total - 4 * 2 * 3 * 32 * 24)
-    assert model.flops_per_token(100) == 6 * count.active + 12 * 4 * 16 * 100
+    delta = model.flops_per_token(128) - 6 * count.active - 12 * 4 * 16 * 128
+
+    def count_system(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        return a[0] * a[1] * a[2] * a[-1] * a[-1] * b[-1]  # half a product
+
+    mapping = {torch.ops.aten.linalg_solve_triangular: count_system}
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with counter:  # 4 heads in each of 3 layers, 2 chunks
+        q, k, v = torch.randn(3, 1, 128, 4, 16).unbind()
+        given = q[..., :8], k[..., :8], v, torch.randn(1, 128, 4), torch.rand(1, 128, 4)
+        torch_chunk_gated_delta_rule(*given, chunk_size=64)
+    assert delta == 3 * 3 * counter.get_total_flops() / 128
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import MtpLayer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
@@ -12,6 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RMSNorm,
 )
 
+from minillm.models.base import flop_parts
 from minillm.models.mtp import next_labels
 
 SHAPE = {
@@ -121,3 +123,28 @@ def test_further_blocks_do_not_hold_the_table_or_the_head() -> None:
     assert sum(p.shape[0] == 101 for p in model.parameters()) == 1
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_flops_of_the_blocks_are_those_that_run() -> None:
+    """Three times the multiplications that the forward pass of training has more with blocks."""
+
+    def count_grouped(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * int(x[0]) * int(weight[-1]) * int(weight[-2])
+
+    mapping = {torch.ops.aten._grouped_mm: count_grouped}
+    ran, parts, vectors = [], [], 0
+    for blocks in (0, 2):
+        model = make(num_nextn_predict_layers=blocks)
+        model.set_attn_implementation("eager")
+        counter = FlopCounterMode(display=False, custom_mapping=mapping)
+        with counter, torch.no_grad():
+            model(IDS, labels=IDS, use_cache=False)
+        ran.append(3 * counter.get_total_flops() / IDS.numel())
+        parts.append(flop_parts(model, 20))
+        vectors = sum(p.numel() for p in model.model.layers[2:].parameters() if p.ndim == 1)
+    assert "further tokens" not in parts[0]
+    assert parts[0]["matrices"] == parts[1]["matrices"]
+    # the convention counts vectors as if they were multiplied like matrices, and the head for
+    # every token; here it runs for those with a label, 18 and 17 of a row's 20
+    unlabelled = 6 * 97 * 32 * (2 + 3) / 20
+    assert parts[1]["further tokens"] == pytest.approx(ran[1] - ran[0] + 6 * vectors + unlabelled)
