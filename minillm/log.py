@@ -5,7 +5,7 @@ terminal, prints a plain line now and then when piped, and is silent by default.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -24,6 +24,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Show a short status beside the bar."""
 
+    def numbers(self, values: Mapping[str, float]) -> None:
+        """Show what a training run measures, as in a line of `metrics.jsonl`."""
+
     def line(self, text: str) -> None:
         """Print a line that stays."""
 
@@ -41,6 +44,9 @@ class Silent:
         """Ignore."""
 
     def note(self, text: str) -> None:
+        """Ignore."""
+
+    def numbers(self, values: Mapping[str, float]) -> None:
         """Ignore."""
 
     def line(self, text: str) -> None:

@@ -16,7 +16,6 @@ from transformers.utils import logging as hf_logging
 
 from minillm.device import peak_flops, peak_memory_bytes
 from minillm.errors import RunError
-from minillm.files import human_count
 from minillm.log import Progress, task
 from minillm.models.base import MiniPreTrainedModel, flops_per_token
 from minillm.settings.checks import duration_s
@@ -276,8 +275,7 @@ class _Loop:
             values["mfu"] = rate * self.flops / self.peak
         if self.log is not None and state.window_steps:
             self.log.write("train", state.step, values, vectors)
-        mfu = f"  MFU {values['mfu']:.0%}" if self.peak else ""
-        self.progress.note(f"loss {loss:.3f}  {human_count(rate)} tok/s{mfu}")
+        self.progress.numbers(values)
         state.window_loss, state.window_steps = 0.0, 0
         self.timer, self.timed_tokens = time.perf_counter(), 0
 
