@@ -14,6 +14,7 @@ from minillm.cli.demo import demo
 from minillm.cli.download import download
 from minillm.cli.export import export
 from minillm.cli.import_ import import_
+from minillm.cli.inspect import inspect
 from minillm.cli.merge_bin import merge_bin
 from minillm.cli.models import models
 from minillm.cli.prepare_sft import prepare_sft
@@ -90,6 +91,7 @@ app.command("prepare-tokenizer")(prepare_tokenizer)
 app.command("train-tokenizer")(train_tokenizer)
 app.command("tokenize")(tokenize)
 app.command("merge-bin")(merge_bin)
+app.command()(inspect)
 app.add_typer(models, name="models")
 app.command()(verify)
 app.command()(pretrain)
