@@ -10,9 +10,9 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
 from minillm.data.binfile import Manifest, TokenizerFacts, manifest_path
-from minillm.data.inspect_near import odd_neighbours, pick_tokenizer
+from minillm.data.inspect_near import Found, odd_neighbours, pick_tokenizer, report_tokenizer
 from minillm.data.inspect_report import Duplicates, Lengths, Picks, Report, Sample, Table
-from minillm.data.tokenizer import fingerprint, token_byte_lengths
+from minillm.data.tokenizer import find_separator, token_byte_lengths
 from minillm.errors import InputError
 from minillm.log import Progress, task
 from minillm.settings import InspectConfig
@@ -43,21 +43,10 @@ def inspect_bin(path: Path, cfg: InspectConfig, progress: Progress) -> Report:
     size = path.stat().st_size
     manifest = _read_manifest(path, report)
     made_with = manifest.tokenizer_sha256 if manifest else None
-    tokenizer, place = pick_tokenizer(cfg.tokenizer, path.parent, made_with)
-    facts = manifest.facts if manifest else None
-    if facts is None and tokenizer is not None:
-        facts = TokenizerFacts.of(tokenizer)
-    if facts is None:  # not reached: without a manifest a tokenizer is always picked
-        raise InputError(f"`{path}` has no tokenizer", hint="name one: `--tokenizer FOLDER`")
+    found = pick_tokenizer(cfg.tokenizer, path.parent, made_with)
+    facts = _facts(manifest, found)
     dtype = np.dtype(manifest.dtype if manifest else facts.dtype).newbyteorder("<")
-    if tokenizer is None:
-        report.notes.append(f"no text is shown: {place}")
-    elif manifest and fingerprint(tokenizer) != manifest.tokenizer_sha256:
-        report.problems.append(
-            f"made with tokenizer {manifest.tokenizer_sha256[:12]}…, but `{place}` is "
-            f"{fingerprint(tokenizer)[:12]}…"
-        )
-        tokenizer = None
+    tokenizer = report_tokenizer(found, made_with, report)
     _check_size(size, dtype.itemsize, manifest, report)
     scan = _Scan(facts, cfg, dtype)
     with task(progress, f"scan {path.name}", size, "bytes"):
@@ -66,7 +55,7 @@ def inspect_bin(path: Path, cfg: InspectConfig, progress: Progress) -> Report:
         "size_bytes": size,
         "dtype": dtype.name,
         "manifest": manifest_path(path).name if manifest else "none",
-        "tokenizer": place if tokenizer else "not here",
+        "tokenizer": "not here" if isinstance(found, str) else found.place,
         "fingerprint": facts.sha256,
         "vocabulary": facts.vocab_size,
         "separator": facts.separator_id,
@@ -79,8 +68,8 @@ def inspect_bin(path: Path, cfg: InspectConfig, progress: Progress) -> Report:
             report.problems.append(sentence)
     else:
         report.notes.append(
-            f"it has no manifest: read with the tokenizer `{place}`; another one is named "
-            "with `--tokenizer FOLDER`"
+            f"it has no manifest: read with the tokenizer `{report.facts['tokenizer']}`; another "
+            "one is named with `--tokenizer FOLDER`"
         )
     if scan.lengths.count:
         report.bars.append(scan.lengths.histogram("tokens per document, without its separator"))
@@ -88,6 +77,18 @@ def inspect_bin(path: Path, cfg: InspectConfig, progress: Progress) -> Report:
     if tokenizer is not None:
         _decode(scan, tokenizer, cfg, report)
     return report
+
+
+def _facts(manifest: Manifest | None, found: Found | str) -> TokenizerFacts:
+    """Return what the manifest says of the tokenizer; without one, what the tokenizer is."""
+    if manifest is not None:
+        return manifest.facts
+    assert not isinstance(found, str), "without a manifest a tokenizer is always picked"
+    return TokenizerFacts(
+        vocab_size=len(found.tokenizer),
+        sha256=found.sha256,
+        separator_id=find_separator(found.tokenizer),
+    )
 
 
 def _read_manifest(path: Path, report: Report) -> Manifest | None:

@@ -1,12 +1,14 @@
 """Tokenizers around a file: which one made it, and whether its neighbours say the same."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
+from minillm.data.inspect_report import Report
 from minillm.data.sft_rows import METADATA_KEY
 from minillm.data.tokenizer import (
     find_tokenizer,
@@ -19,10 +21,17 @@ from minillm.errors import InputError
 _MAX_FILES = 1000
 
 
-def pick_tokenizer(
-    given: Path, near: Path, made_with: str | None = None
-) -> tuple[PreTrainedTokenizerFast | None, str]:
-    """Return the tokenizer to read a file with, and where it was found; None where there is none.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A tokenizer, where it lies, and its fingerprint."""
+
+    tokenizer: PreTrainedTokenizerFast
+    place: str
+    sha256: str
+
+
+def pick_tokenizer(given: Path, near: Path, made_with: str | None = None) -> Found | str:
+    """Return the tokenizer to read a file with, or a sentence that says why there is none.
 
     Args:
         given: `auto`, `bundled` or a folder, which is taken whatever made the file.
@@ -38,11 +47,26 @@ def pick_tokenizer(
         try:
             folder = find_tokenizer(made_with, near=[near, near.parent])
         except InputError as error:
-            return None, str(error)
+            return str(error)
     else:
         beside = [f for f in (near, near / "tokenizer") if (f / "tokenizer.json").is_file()]
         folder = beside[0] if beside else resolve_tokenizer(given)
-    return load_tokenizer(folder), folder.as_posix()
+    return Found(load_tokenizer(folder), folder.as_posix(), fingerprint(folder))
+
+
+def report_tokenizer(
+    found: Found | str, made_with: str | None, report: Report
+) -> PreTrainedTokenizerFast | None:
+    """Return the tokenizer to decode with; tell where it is missing or another one."""
+    if isinstance(found, str):
+        report.notes.append(f"no text is shown: {found}")
+        return None
+    if made_with and found.sha256 != made_with:
+        report.problems.append(
+            f"made with tokenizer {made_with[:12]}…, but `{found.place}` is {found.sha256[:12]}…"
+        )
+        return None
+    return found.tokenizer
 
 
 def sft_metadata(path: Path) -> dict[str, object]:

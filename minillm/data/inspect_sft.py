@@ -13,10 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerFast
 
-from minillm.data.inspect_near import odd_neighbours, pick_tokenizer, sft_metadata
+from minillm.data.inspect_near import (
+    odd_neighbours,
+    pick_tokenizer,
+    report_tokenizer,
+    sft_metadata,
+)
 from minillm.data.inspect_report import Duplicates, Lengths, Picks, Report, Sample, Table
 from minillm.data.sft_rows import LISTS, read_batch
-from minillm.data.tokenizer import fingerprint
 from minillm.errors import InputError
 from minillm.files import sha256_file
 from minillm.log import Progress, task
@@ -44,26 +48,20 @@ def inspect_sft(path: Path, cfg: InspectConfig, progress: Progress) -> Report:
     """
     metadata = sft_metadata(path)
     made_with = str(metadata.get("tokenizer_sha256") or "") or None
-    tokenizer, place = pick_tokenizer(cfg.tokenizer, path.parent, made_with)
+    found = pick_tokenizer(cfg.tokenizer, path.parent, made_with)
+    place = "not here" if isinstance(found, str) else found.place
     vocab_size = metadata.get("vocab_size")
     if not isinstance(vocab_size, int):
-        vocab_size = len(tokenizer) if tokenizer else _ANY_ID
+        vocab_size = _ANY_ID if isinstance(found, str) else len(found.tokenizer)
     scan = _Scan(path, cfg, vocab_size)
     scan.run(progress)
     report = Report(path.as_posix(), f"SFT rows ({scan.layout()})")
-    if tokenizer is None:
-        report.notes.append(f"no text is shown: {place}")
-    elif made_with and fingerprint(tokenizer) != made_with:
-        report.problems.append(
-            f"made with tokenizer {made_with[:12]}…, but `{place}` is "
-            f"{fingerprint(tokenizer)[:12]}…"
-        )
-        tokenizer = None
+    tokenizer = report_tokenizer(found, made_with, report)
     report.facts = {
         "size_bytes": path.stat().st_size,
         **scan.facts(metadata.get("sequence_length")),
         "vocabulary": vocab_size,
-        "tokenizer": place if tokenizer else "not here",
+        "tokenizer": place,
         "fingerprint": made_with or "not in the file",
         **({"sha256": sha256_file(path)} if cfg.verify else {}),
     }

@@ -56,7 +56,7 @@ def inspect_text(path: Path, files: list[Path], cfg: InspectConfig, progress: Pr
             progress.advance(file.stat().st_size)
     kind = "dialogues" if scan.num_dialogues else "documents"
     folder = path if path.is_dir() else path.parent
-    tokenizer, place = pick_tokenizer(cfg.tokenizer, folder)
+    found = pick_tokenizer(cfg.tokenizer, folder)
     report = Report(path.as_posix(), f"{kind} ({', '.join(sorted(scan.formats))})")
     report.facts = {
         **({"files": len(files)} if len(files) > 1 else {}),
@@ -70,9 +70,10 @@ def inspect_text(path: Path, files: list[Path], cfg: InspectConfig, progress: Pr
     report.bars.append(scan.lengths.histogram(f"characters per {kind.removesuffix('s')}"))
     if scan.turns.count:
         report.bars.append(scan.turns.histogram("messages per dialogue"))
-    if tokenizer is not None and scan.lengths.count:
-        _measure(scan, tokenizer, place, report)
-        report.samples = [_sample(i, item, tokenizer) for i, item in scan.picks.items(cfg.samples)]
+    if scan.lengths.count and not isinstance(found, str):
+        _measure(scan, found.tokenizer, found.place, report)
+        picked = scan.picks.items(cfg.samples)
+        report.samples = [_sample(place, item, found.tokenizer) for place, item in picked]
     return report
 
 
