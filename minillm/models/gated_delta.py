@@ -29,6 +29,10 @@ from torch import Tensor
 
 CHUNK = {"cpu": 32}
 """Positions of a chunk, 64 elsewhere: fewer steps, but more work inside each."""
+NOTHING = -40.0
+"""Log decay that leaves nothing. Sums over a chunk stay small, and so do their rounding errors,
+which else would blur the slow decay of the tokens that follow.
+"""
 RESET = -60.0
 """Log decay that forgets: exp(-60) is below the rounding of any sum."""
 
@@ -159,7 +163,8 @@ def chunk_gated_delta_rule(
     k = _cut(_unit(k_BTGK), 1, chunk)
     v = _cut(v_BTHV.float(), ratio, chunk)
     beta = _cut(beta_BTH.float().unsqueeze(-1), ratio, chunk)
-    fade = _cut(g_BTH.float().unsqueeze(-1), ratio, chunk).cumsum(-2)  # since the chunk's start
+    g = _cut(g_BTH.float().unsqueeze(-1), ratio, chunk).clamp(min=NOTHING)
+    fade = g.cumsum(-2)  # since the chunk's start
 
     # 2. how much of token j is left at i, of the state at i, of j and of the state at the end
     sees, reads, writes, keeps = _who_sees_whom(segment_BT, chunk, fade)

@@ -92,7 +92,7 @@ def test_extreme_decay_neither_overflows_nor_leaves_nan() -> None:
     given = [x.requires_grad_() for x in inputs(decay=40.0)]
     out, state = gd.chunk_gated_delta_rule(*given)
     (out.sum() + state.sum()).backward()
-    torch.testing.assert_close(out.double(), oracle(*given)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.double(), oracle(*given)[0], atol=2e-6, rtol=0)
     assert all(torch.isfinite(x.grad).all() for x in given)
 
 
@@ -160,8 +160,8 @@ def test_importable_gpu_kernel_is_not_used_on_a_cpu(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_training_step_is_one_graph(is_packed: bool) -> None:
     torch._dynamo.reset()
-    segment = segments(BOUNDARIES["many"]) if is_packed else None
-    plain, compiled = ([x.requires_grad_() for x in inputs()] for _ in range(2))
+    segment = segments((37, 27, 1, 15)) if is_packed else None
+    plain, compiled = ([x.requires_grad_() for x in inputs(length=80)] for _ in range(2))
 
     def step(*given: torch.Tensor) -> torch.Tensor:
         return gd.gated_delta_rule(*given, segment_BT=segment)[0].square().sum()
