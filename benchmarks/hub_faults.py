@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import datetime
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -73,7 +74,7 @@ def judge(client: Client, process: "subprocess.Popen[str]", out: Path) -> str:
         process.kill()
         process.communicate()
         return f"**no end** in {LIMIT_S} s"
-    if list(out.parent.parent.rglob("evil.parquet")):
+    if list(out.parent.parent.rglob("evil*")):
         return "**writes outside the folder**"
     path = out / client.root / PATH
     wrong = path.is_file() and path.read_bytes() != DATA
@@ -83,10 +84,9 @@ def judge(client: Client, process: "subprocess.Popen[str]", out: Path) -> str:
         files = {p.name: p.read_bytes() for p in (out / client.root).rglob("*.parquet")}
         wanted = {Path(name).name: data for name, data in {PATH: DATA, **OTHER}.items()}
         return "right bytes" if files == wanted else "**files missing, taken as right**"
-    lines = [line for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error:")] or lines[-1:] or ["?"]
-    name = errors[-1].split(":")[0].split(".")[-1].strip()
-    return f"error ({name})" + (", **wrong file left**" if wrong else "")
+    names = re.findall(r"\b[A-Z]\w*(?:Error|Exception|NotFound)\b", said)
+    how = f"exit code {process.returncode}" if "error: " in said else names[-1] if names else "?"
+    return f"error ({how})" + (", **wrong file left**" if wrong else "")
 
 
 def plain(arm: Callable[[LoopbackHub], None]) -> Cell:

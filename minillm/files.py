@@ -135,7 +135,7 @@ def named_os_errors(path: Path) -> Iterator[None]:
         if err.errno == errno.EFBIG:  # FAT32 ends at 4 GB; so does `ulimit -f` somewhere
             raise SetupError(
                 f"the file system or a limit of this account takes no larger `{path}`",
-                hint="choose a folder on another disk; `ulimit -f` shows the limit, FAT32 ends at 4 GB",
+                hint="choose a folder on another disk (FAT32 ends at 4 GB), or raise `ulimit -f`",
             ) from err
         if err.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise SetupError(

@@ -5,7 +5,7 @@ from rich.progress import TaskID
 from minillm.cli.console import Bar
 from minillm.files import human_bytes
 
-MIN_BYTES = 8_000_000  # smaller files come and go too fast for a bar
+MIN_BYTES = 1_000_000  # smaller files come and go too fast for a bar
 NAME_WIDTH = 32
 
 

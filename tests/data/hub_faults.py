@@ -14,7 +14,7 @@ REPO = "opencsg/Fineweb-Edu-Chinese-V2.1"
 PATH = "4_5/0000.parquet"
 DATA = random.Random(1).randbytes(12 * SLOW_CHUNK)
 OTHER = {f"4_5/{i:04d}.parquet": random.Random(i).randbytes(2000 + i) for i in range(1, 4)}
-EVIL = "4_5/../../../../evil.parquet"
+EVIL = "4_5/../../evil.parquet"
 HALF = len(DATA) // 2
 
 
