@@ -20,6 +20,7 @@ from minillm.cli.models import models
 from minillm.cli.prepare_sft import prepare_sft
 from minillm.cli.prepare_tokenizer import prepare_tokenizer
 from minillm.cli.pretrain import pretrain
+from minillm.cli.report import report
 from minillm.cli.serve import serve
 from minillm.cli.sft import sft
 from minillm.cli.tokenize import tokenize
@@ -97,6 +98,7 @@ app.command()(verify)
 app.command()(pretrain)
 app.command("prepare-sft")(prepare_sft)
 app.command()(sft)
+app.command()(report)
 app.command()(chat)
 app.command()(serve)
 app.command()(export)
