@@ -17,6 +17,7 @@ from minillm.settings.inference import ChatConfig, DemoConfig, SamplingConfig, S
 from minillm.settings.kinds import Device, Precision, Tracker
 from minillm.settings.training import (
     BatchConfig,
+    LoraConfig,
     OptimConfig,
     ParallelConfig,
     PlanConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "DownloadConfig",
     "IdentityConfig",
     "InspectConfig",
+    "LoraConfig",
     "MergeBinConfig",
     "OptimConfig",
     "ParallelConfig",

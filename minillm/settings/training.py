@@ -132,6 +132,22 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Small matrices that are trained instead of the whole model."""
+
+    lora_rank: Annotated[int, Doc("Rank of the matrices; 0 trains the whole model.")] = 0
+    lora_alpha: Annotated[float, Doc("Their product counts alpha / rank times.")] = 16.0
+    lora_targets: Annotated[
+        str, Doc("Layers, e.g. `q_proj,v_proj`; empty: what the architecture names.")
+    ] = ""
+
+    def __post_init__(self) -> None:
+        """Reject what is no rank."""
+        check_range(self, "lora_rank", 0, 4096)
+        check_positive(self, "lora_alpha")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SftConfig:
     """`minillm sft`: everything that decides the numbers of a run."""
 
@@ -142,6 +158,10 @@ class SftConfig:
     epochs: Annotated[float, Doc("Passes over the data.")] = 2.0
     steps: Annotated[int, Doc("Optimizer steps; 0 follows --epochs.")] = 0
     seed: Annotated[int, Doc("Seed of data order and dropout.")] = 0
+    neftune_alpha: Annotated[
+        float, Doc("Noise on the embeddings while training (NEFTune), e.g. 5; 0 is none.")
+    ] = 0.0
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=5e-4, muon_lr=1e-2, weight_decay=0.0)
     )
@@ -152,6 +172,7 @@ class SftConfig:
     def __post_init__(self) -> None:
         """Reject runs of no length."""
         check_positive(self, "epochs")
+        check_range(self, "neftune_alpha", 0, 1000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,7 @@ from minillm.files import fsync_folder, fsync_tree, named_os_errors
 from minillm.paths import is_complete
 from minillm.train.distributed import like, local, whole
 from minillm.train.job import Job
+from minillm.train.lora import is_adapter, merge
 from minillm.train.optim import load_optimizer_tensors, optimizer_tensors
 from minillm.train.state import TrainState, load_rng_tensors, rng_tensors
 
@@ -34,6 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _STATE = "trainer_state"
+_LORA = "lora."
 
 
 class CheckpointWriter:
@@ -58,6 +60,9 @@ class CheckpointWriter:
         job = self._job
         weights = _copies(job.model.state_dict(), keep=job.world.is_main)
         tensors = _copies(optimizer_tensors(job.model, optimizers), keep=job.world.is_main)
+        tensors |= {_LORA + name: weights[name] for name in weights if is_adapter(name)}
+        if job.lora is not None and job.world.is_main:
+            weights = merge(weights, job.lora)
         for own in job.world.gather(rng_tensors(job.device, job.world.rank)):
             tensors |= own
         text = json.dumps(state.to_json(), indent=1)
@@ -78,7 +83,9 @@ class CheckpointWriter:
     def save_weights(self, target: Path) -> None:
         """Copy the weights and write a model's folder: `final`, `best`."""
         job = self._job
-        weights = _copies(job.model.state_dict(), keep=job.world.is_main)
+        copies = _copies(job.model.state_dict(), keep=job.world.is_main)
+        is_merged = job.lora is not None and job.world.is_main
+        weights = merge(copies, job.lora) if is_merged and job.lora else copies
 
         def fill(folder: Path) -> None:
             save_model(folder, job.model, job.tokenizer_folder, weights)
@@ -161,13 +168,23 @@ class _safetensors_os_errors:  # noqa: N801 - reads as a context, like contextli
             raise OSError(28, "No space left on device") from error
 
 
-def load_weights(folder: Path, model: PreTrainedModel) -> None:
+def load_weights(folder: Path, job: Job) -> None:
     """Restore the weights of a checkpoint in place, all of them or the shards that are here.
+
+    With LoRA the frozen ones are those that the run began with, and stay.
 
     Raises:
         InputError: A file is missing or damaged, or of another model.
     """
+    model = job.model
     model_class: Any = type(model)
+    if job.lora is not None:
+        with _named_damage(folder):
+            tensors = load_file(folder / f"{_STATE}.safetensors")
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                local(parameter.data).copy_(local(like(tensors[_LORA + name], parameter)))
+        return
     with _named_damage(folder):
         # by the model's own class: names on disk may differ from those in memory (experts)
         loaded, info = model_class.from_pretrained(
@@ -201,7 +218,7 @@ def load_optimizers(folder: Path, job: Job, optimizers: Sequence[Optimizer]) -> 
     with _named_damage(folder):
         tensors = load_file(folder / f"{_STATE}.safetensors")
     load_optimizer_tensors(
-        job.model, optimizers, {k: v for k, v in tensors.items() if not k.startswith("rng.")}
+        job.model, optimizers, {k: v for k, v in tensors.items() if k[0].isdigit()}
     )
     load_rng_tensors(tensors, job.device, job.world.rank)
 

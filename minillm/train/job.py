@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from minillm.data.windows import Rows
 from minillm.errors import ConfigError
 from minillm.models.base import MiniPreTrainedModel
-from minillm.settings import BatchConfig, OptimConfig, ReportConfig
+from minillm.settings import BatchConfig, LoraConfig, OptimConfig, ReportConfig
 from minillm.train.distributed import World
 
 CPU_MICRO_TOKENS = 4_096
@@ -61,6 +61,8 @@ class Job:
     dtype: torch.dtype
     world: World = field(default_factory=World)
     parallel: str = "ddp"
+    lora: LoraConfig | None = None
+    """Set when the model's weights are frozen but for LoRA's."""
 
     def __post_init__(self) -> None:
         """Reject a batch that cannot be dealt out evenly."""

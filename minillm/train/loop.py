@@ -64,7 +64,7 @@ def train(job: Job, progress: Progress, *, resume: bool) -> Outcome:
     state = TrainState()
     if checkpoint is not None:
         state = load_position(checkpoint)
-        load_weights(checkpoint, model)
+        load_weights(checkpoint, job)
     parallel = Parallel(model, job.world, job.parallel, is_compiled=_is_compiled(job))
     optimizers = build_optimizers(model, job.optim, job.device)
     if checkpoint is not None:
@@ -241,7 +241,7 @@ class _Loop:
             self.leave_out()
             return
         skipped, before = self.state.skipped, self.state.step
-        load_weights(checkpoint, self.job.model)
+        load_weights(checkpoint, self.job)
         load_optimizers(checkpoint, self.job, self.optimizers)
         self.state = load_position(checkpoint)
         self.state.skipped = skipped

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from minillm.models.moe import Experts
 from minillm.settings import OptimConfig
 from minillm.train.distributed import like, whole
+from minillm.train.lora import is_adapter
 from minillm.train.muon import Muon
 
 
@@ -23,7 +24,7 @@ def build_optimizers(model: nn.Module, cfg: OptimConfig, device: torch.device) -
     fused = device.type in ("cuda", "cpu")
     groups = [{"params": others, "weight_decay": 0.0}]
     optimizers: list[Optimizer] = []
-    if cfg.optimizer == "muon":
+    if cfg.optimizer == "muon" and matrices:
         optimizers.append(Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     else:
         groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
@@ -53,8 +54,11 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     }
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
+            continue
+        if is_adapter(name):  # products of two: what Muon evens out is not theirs to lose
+            others.append(parameter)
             continue
         is_matrix = id(parameter) in stacks or (parameter.ndim == 2 and id(parameter) not in outer)
         (matrices if is_matrix else others).append(parameter)

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from minillm import paths
 from minillm.config import to_plain
@@ -19,6 +21,7 @@ from minillm.settings import SftConfig
 from minillm.train.distributed import World, join_world
 from minillm.train.job import Job, main_first
 from minillm.train.loop import Outcome, train
+from minillm.train.lora import add_lora
 from minillm.train.report import write_report
 from minillm.train.run_folder import begin_run
 
@@ -150,6 +153,12 @@ def _build_job(
     run = begin_run(cfg, "sft", name, out, facts, resume, world)
     torch.manual_seed(cfg.seed)
     model, _ = load_model(folder, device=device)
+    if cfg.lora.lora_rank:
+        add_lora(model, cfg.lora)
+    if cfg.neftune_alpha:
+        table: Any = model.get_input_embeddings()
+        table.neftune_noise_alpha = cfg.neftune_alpha
+        table.register_forward_hook(neftune_post_forward_hook)
     source = SftSource(
         rows,
         pad_id=int(tokenizer.pad_token_id),
@@ -174,6 +183,7 @@ def _build_job(
         dtype=pick_dtype(cfg.batch.precision, device),
         world=world,
         parallel=cfg.several.parallel,
+        lora=cfg.lora if cfg.lora.lora_rank else None,
     )
 
 
