@@ -17,6 +17,7 @@ from minillm.cli.import_ import import_
 from minillm.cli.inspect import inspect
 from minillm.cli.merge_bin import merge_bin
 from minillm.cli.models import models
+from minillm.cli.plan import plan
 from minillm.cli.prepare_sft import prepare_sft
 from minillm.cli.prepare_tokenizer import prepare_tokenizer
 from minillm.cli.pretrain import pretrain
@@ -95,6 +96,7 @@ app.command("merge-bin")(merge_bin)
 app.command()(inspect)
 app.add_typer(models, name="models")
 app.command()(verify)
+app.command()(plan)
 app.command()(pretrain)
 app.command("prepare-sft")(prepare_sft)
 app.command()(sft)

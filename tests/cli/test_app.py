@@ -17,7 +17,7 @@ from tools.make_cli_docs import command_names, help_text, render
 DOCS = Path(__file__).parents[2] / "docs"
 COMMANDS = {
     *("download", "prepare-tokenizer", "train-tokenizer", "tokenize", "merge-bin", "inspect"),
-    *("pretrain", "prepare-sft", "sft", "chat", "serve", "demo"),
+    *("pretrain", "prepare-sft", "sft", "chat", "serve", "demo", "plan", "report"),
     *("models", "verify", "export", "import"),
 }
 
