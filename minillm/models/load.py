@@ -5,6 +5,7 @@ config exactly: a missing, superfluous or misshapen weight is an error, not a wa
 """
 
 import contextlib
+import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from minillm import paths
 from minillm.errors import InputError
 from minillm.models.interop.published import read_published
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load_model(
@@ -47,11 +48,9 @@ def load_model(
     Raises:
         InputError: There is no model, it is damaged, or its parts do not belong together.
     """
-    folder = find_folder(source)
-    if folder is None:
-        return _load(str(source), device, dtype, is_local=False)
+    folder = find_folder(source) or download(str(source))
     _check_files(folder)
-    return _load(folder.as_posix(), device, dtype, is_local=True)
+    return _load(folder, device, dtype)
 
 
 def find_folder(source: str | Path) -> Path | None:
@@ -62,12 +61,10 @@ def find_folder(source: str | Path) -> Path | None:
     """
     path = Path(source)
     if not path.exists():
-        if isinstance(source, str) and _HUB_ID.fullmatch(source):
+        is_local = path.parts[0] == paths.RUNS.name or path.parent.is_dir()
+        if isinstance(source, str) and _HUB_ID.fullmatch(source) and not is_local:
             return None
-        raise InputError(
-            f"there is no model folder at `{source}`",
-            hint="`ls runs` shows the runs; a hub id looks like `owner/name`",
-        )
+        raise InputError(f"there is no model folder at `{source}`", hint=_suggest(path.name))
     if (path / "config.json").is_file():
         if path.absolute().parent.name == "checkpoints" and not paths.is_complete(path):
             raise InputError(
@@ -89,6 +86,35 @@ def find_folder(source: str | Path) -> Path | None:
         f"`{path}` holds no model: it has no `config.json`",
         hint="name a run folder below `runs/`, or a folder that `save_pretrained` wrote",
     )
+
+
+def _suggest(name: str) -> str:
+    """Return a hint for the name of a run or folder that is not there."""
+    places = [*paths.RUNS.glob("*"), *Path("demo", "runs").glob("*"), *Path().glob("*")]
+    found = {place.name: place for place in reversed(places) if place.is_dir()}
+    near = difflib.get_close_matches(name, found, n=1)
+    if near:
+        return f"did you mean `{found[near[0]].as_posix()}`?"
+    return "`ls runs` shows the runs; a hub id looks like `owner/name`"
+
+
+def download(hub_id: str) -> Path:
+    """Return the folder in Hugging Face's cache with a model, downloaded if it is not there yet.
+
+    Raises:
+        InputError: The hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    with _named_errors(hub_id, is_local=False):
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"`{hub_id}` on the hub holds no model: it has no `config.json`",
+            hint="choose a repository with `config.json` and `model.safetensors`",
+        )
+    return folder
 
 
 def _check_files(folder: Path) -> None:
@@ -124,23 +150,22 @@ _AGAIN = "copy or download the folder again, or use an earlier checkpoint of the
 
 
 def _load(
-    source: str, device: str | torch.device, dtype: torch.dtype, *, is_local: bool
+    folder: Path, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    options: dict[str, Any] = {"local_files_only": is_local, "trust_remote_code": False}
-    with _named_errors(source, is_local), quiet_transformers():
-        published = read_published(Path(source)) if is_local else None
+    source = folder.as_posix()
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _named_errors(source, is_local=True), quiet_transformers():
+        published = read_published(folder)
         if published is None:
             config = AutoConfig.from_pretrained(source, **options)
         else:
             config, state = published
-            options |= {"state_dict": state}
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, config=config, local_files_only=is_local, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config, **options)
         # with weights given, transformers wants the class itself and no name
         loader: Any = AutoModelForCausalLM
         if published is not None:
             loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            options |= {"state_dict": state}
         loaded: Any = loader.from_pretrained(
             source if published is None else None,
             config=config,

@@ -7,6 +7,7 @@ apart at most. Errors are relative to the largest logit, so that one tolerance s
 
 import contextlib
 import copy
+import difflib
 import importlib
 import importlib.util
 import tempfile
@@ -148,13 +149,22 @@ def load(source: str, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedT
     tokenizer in the package; anything else is for `load_model`.
 
     Raises:
+        ConfigError: A name much like one of the registry.
         InputError: No model there, or it is broken.
         SetupError: The device is not there.
     """
     chosen = pick_device(device)
-    if source not in registry.names():
+    is_name = source in registry.names() or (
+        not Path(source).exists()
+        and "/" not in source
+        and (":" in source or difflib.get_close_matches(source, registry.names(), cutoff=0.8))
+    )
+    if not is_name:
         return load_model(source, device=chosen)
-    model = randomize(registry.build_model(registry.build_config(source)))
+    config = registry.build_config(source)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # not every weight is made anew by `randomize`
+        model = randomize(registry.build_model(config))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(paths.BUNDLED_TOKENIZER)
     model.to(chosen)  # type: ignore[arg-type]
     return model.eval(), tokenizer

@@ -121,3 +121,27 @@ def test_no_model_is_an_input_error(tmp_path: Path) -> None:
     result = run(str(tmp_path / "nothing here"))
     assert result.exit_code == 3
     assert len(result.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("mini_lama3:tiny", "mini_llama3:tiny"), ("mini_deepseek3", "mini_deepseekv3")],
+)
+def test_a_mistyped_name_gets_a_suggestion(typed: str, meant: str) -> None:
+    result = run(typed)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        f"error: there is no model `{typed}`",
+        f"hint: did you mean `{meant}`?",
+    ]
+
+
+def test_an_unknown_run_is_an_error_of_two_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("sft-nothing-9", "runs/sft-nothing-9"):
+        result = run(name)
+        assert result.exit_code == 3
+        assert len(result.stderr.splitlines()) == 2
+        assert name in result.stderr

@@ -195,3 +195,15 @@ def test_hub_model_that_cannot_be_had_is_an_input_error(monkeypatch: pytest.Monk
     with pytest.raises(InputError, match="the hub did not give it") as caught:
         load_model("nobody-here/no-such-model")
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("source", ["sft-demo", "runs/sft-dmo-1", "demo/runs/sft-demo-2"])
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)  # calling it fails
+    (tmp_path / "demo" / "runs" / "sft-demo-1").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"no model folder at `{source}`") as caught:
+        load_model(source)
+    assert caught.value.hint == "did you mean `demo/runs/sft-demo-1`?"

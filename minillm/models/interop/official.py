@@ -20,7 +20,7 @@ from minillm.files import atomic_folder, write_text
 from minillm.models.base import MiniPreTrainedModel, official_config
 from minillm.models.interop.gguf_read import read_gguf
 from minillm.models.interop.remote_code import write_remote_code
-from minillm.models.load import find_folder, load_model, quiet_transformers
+from minillm.models.load import download, find_folder, load_model, quiet_transformers
 
 ARCHITECTURES = {
     "llama": ("mini_llama3", "LlamaForCausalLM"),
@@ -156,22 +156,9 @@ def import_official(source: str, out: Path) -> PreTrainedModel:
         if source.lower().endswith(".gguf"):
             model, tokenizer = read_gguf(Path(source))
         else:
-            model, tokenizer = _read_folder(find_folder(source) or _download(source))
+            model, tokenizer = _read_folder(find_folder(source) or download(source))
         save_folder(model, tokenizer, folder)
     return model
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.jinja"]
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except Exception as err:
-        raise InputError(
-            f"`{hub_id}` is no folder here, and the hub did not give it: {err}".splitlines()[0],
-            hint="check the name and the network, or name a folder",
-        ) from err
 
 
 def _read_folder(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

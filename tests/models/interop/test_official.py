@@ -91,6 +91,7 @@ def test_commands_and_a_folder_with_files(saved: Any) -> None:
     runner = CliRunner()
     done = runner.invoke(app, ["export", str(tmp / "ours"), "--out", str(tmp / "a")])
     assert done.exit_code == 0, done.stderr
+    assert done.stderr.splitlines() == [f"next: vllm serve {tmp / 'a'}"]  # no bars
     done = runner.invoke(app, ["import", str(tmp / "a"), "--out", str(tmp / "b")])
     assert done.exit_code == 0, done.stderr
     done = runner.invoke(app, ["export", str(tmp / "b"), "--out", str(tmp / "a")])
