@@ -2,30 +2,26 @@
 
 from minillm.cli.console import progress, say, show_table
 from minillm.cli.options import configured
-from minillm.files import human_bytes
 from minillm.settings import PrepareTokenizerConfig
+
+MAX_ROWS = 30
 
 
 @configured(PrepareTokenizerConfig)
 def prepare_tokenizer(*, cfg: PrepareTokenizerConfig) -> None:
     """Sample documents for the tokenizer, in proportion to their sources."""
+    from minillm.data.sample_report import COLUMNS, TEXT
     from minillm.data.stratify import stratify
 
     report = stratify(cfg, progress())
-    documents = sum(count.documents for count in report.sources.values())
-    kept = sum(count.kept_documents for count in report.sources.values())
-    rows = [
-        [
-            name,
-            count.documents,
-            f"{count.documents / documents:.1%}",
-            human_bytes(count.text_bytes),
-            count.kept_documents,
-            f"{count.kept_documents / kept:.1%}",
-            human_bytes(count.kept_bytes),
-        ]
-        for name, count in report.sources.items()
-    ]
-    columns = ["source", "documents", "share", "text", "kept", "share kept", "text kept"]
-    show_table(f"sample in {report.folder}", columns, rows)
+    rows = report.rows()
+    show_table(f"sample in {report.folder}", COLUMNS, rows[:MAX_ROWS])
+    if len(rows) > MAX_ROWS:
+        say(f"{len(rows) - MAX_ROWS:,} smaller sources are in {report.folder / TEXT}")
+    if report.num_without_source:
+        say(
+            f"{report.num_without_source:,} of {report.num_inputs:,} files have no column "
+            f"`{cfg.source_column}`: their documents count as source (none)"
+        )
+    say(f"table and chart: {report.folder / TEXT}")
     say(f"next: minillm train-tokenizer --data {report.folder}")

@@ -19,6 +19,10 @@ class PrepareTokenizerConfig:
         Path, Doc("Folder or file of parquet with columns `text, source`; or `bundled`.")
     ] = paths.RAW
     out: Annotated[Path, Doc("Folder for the sampled parquet parts.")] = paths.SAMPLE
+    text_column: Annotated[str, Doc("Name of the column of text.")] = "text"
+    source_column: Annotated[
+        str, Doc("Name of the column of sources; empty: sample all documents alike.")
+    ] = "source"
     sample_ratio: Annotated[
         float, Doc("Share of each source's documents to keep, 0 to 1; 0: about 40 MB in all.")
     ] = 0.0

@@ -1,3 +1,6 @@
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minillm import paths
+from minillm import charts, paths
+from minillm.data import sample_report, sample_rows
 from minillm.data import stratify as module
 from minillm.data.stratify import share_out, stratify
 from minillm.errors import InputError, RunError
@@ -35,11 +39,15 @@ def hash_of(text: str) -> int:
     return sum(byte * 31**i for i, byte in enumerate(text.encode()[:12])) % 1009
 
 
+def read(folder: Path) -> list[dict[str, str]]:
+    return pq.read_table(sorted(folder.glob("*.parquet"))).to_pylist()
+
+
 def sample(data: Path, out: Path, **settings) -> list[tuple[str, str]]:
     stratify(PrepareTokenizerConfig(data=data, out=out, **settings))
     return [
         (row["text"], row["source"])
-        for part in sorted(out.iterdir())
+        for part in sorted(out.glob("*.parquet"))
         for row in pq.read_table(part).to_pylist()
     ]
 
@@ -54,7 +62,7 @@ def test_each_source_keeps_its_exact_share(corpus: Path, tmp_path: Path) -> None
 def test_the_report_counts_before_and_after(corpus: Path, tmp_path: Path) -> None:
     report = stratify(PrepareTokenizerConfig(data=corpus, out=tmp_path / "out", sample_ratio=0.5))
     assert {name: count.documents for name, count in report.sources.items()} == COUNTS
-    rows = pq.read_table(tmp_path / "out").to_pylist()
+    rows = read(tmp_path / "out")
     for name, count in report.sources.items():
         mine = [row["text"] for row in rows if row["source"] == name]
         assert count.kept_documents == len(mine)
@@ -92,15 +100,16 @@ def test_ratio_zero_aims_at_a_size(
 
 def test_without_source_column_all_is_one_source(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "", None, "b"]}), tmp_path / "a.parquet")
-    assert sample(tmp_path, tmp_path / "out", sample_ratio=1.0) == [("a", "all"), ("b", "all")]
+    rows = sample(tmp_path, tmp_path / "out", sample_ratio=1.0)
+    assert rows == [("a", "(none)"), ("b", "(none)")]
 
 
 def test_parts_are_of_bounded_size(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PART_ROWS", 400)
+    monkeypatch.setattr(sample_rows, "PART_ROWS", 400)
     rows = sample(corpus, tmp_path / "out", sample_ratio=1.0)
-    files = sorted((tmp_path / "out").iterdir())
+    files = sorted((tmp_path / "out").glob("*.parquet"))
     assert [file.name for file in files] == [f"part-{i:05d}.parquet" for i in range(3)]
     assert [pq.read_metadata(file).num_rows for file in files] == [400, 400, 200]
     assert len(rows) == 1000
@@ -136,7 +145,7 @@ def test_a_failure_leaves_the_earlier_sample(
     monkeypatch.setattr(module, "share_out", shrink)
     with pytest.raises(RunError, match="changed between"):
         stratify(PrepareTokenizerConfig(data=corpus, out=out, sample_ratio=0.1))
-    assert [(r["text"], r["source"]) for r in pq.read_table(out).to_pylist()] == before
+    assert [(r["text"], r["source"]) for r in read(out)] == before
 
 
 def test_what_cannot_be_sampled_is_an_input_error(
@@ -153,6 +162,120 @@ def test_what_cannot_be_sampled_is_an_input_error(
     pq.write_table(pa.table({"text": [" "]}), paths.RAW / "a.parquet")
     with pytest.raises(InputError, match="no document"):
         stratify(PrepareTokenizerConfig())
+
+
+def test_a_source_may_be_missing_from_a_file_or_a_row(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    pq.write_table(pa.table({"text": ["a", "b"]}), data / "a.parquet")
+    some = pa.table({"text": ["c", "d", "e"], "source": ["x", None, " "]})
+    pq.write_table(some, data / "b.parquet")
+    numbers = pa.table({"source": [7, 7], "text": ["f", "g"]})
+    pq.write_table(numbers, data / "c.parquet")
+    coded = pa.table({"text": ["h"], "source": pa.array(["x"]).dictionary_encode()})
+    pq.write_table(coded, data / "d.parquet")
+    report = stratify(PrepareTokenizerConfig(data=data, out=tmp_path / "o", sample_ratio=1.0))
+    counts = {name: count.documents for name, count in report.sources.items()}
+    assert counts == {"(none)": 4, "7": 2, "x": 2}
+    assert (report.num_inputs, report.num_without_source) == (4, 1)
+    text = (tmp_path / "o" / "report.md").read_text()
+    assert "1 of the files have no column of sources" in text
+    alike = sample(data, tmp_path / "o", sample_ratio=0.5, source_column="")
+    assert [source for _, source in alike] == ["(none)"] * 4
+
+
+def test_other_columns_can_be_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"content": ["a", "b"], "site": ["x", "y"]}), tmp_path / "a.parquet")
+    columns = {"text_column": "content", "source_column": "site"}
+    rows = sample(tmp_path, tmp_path / "out", sample_ratio=1.0, **columns)
+    assert rows == [("a", "x"), ("b", "y")]
+    with pytest.raises(InputError, match=r"has no `text`, only `content`, `site`") as caught:
+        sample(tmp_path, tmp_path / "out", sample_ratio=1.0)
+    assert caught.value.hint == "`--text-column content`"
+
+
+def test_addresses_and_lists_are_no_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_SOURCES", 5)
+    place = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"text": ["a"] * 6, "source": [f"http://{i}" for i in range(6)]}), place
+    )
+    with pytest.raises(InputError, match="more than 5 different values") as caught:
+        sample(place, tmp_path / "out")
+    assert "--source-column ''" in str(caught.value.hint)
+    pq.write_table(pa.table({"text": ["a"], "source": [["x"]]}), place)
+    with pytest.raises(InputError, match="not names"):
+        sample(place, tmp_path / "out")
+
+
+def test_an_earlier_sample_below_the_data_is_not_sampled(corpus: Path) -> None:
+    first = sample(corpus, corpus / "sample", sample_ratio=0.5)
+    assert sample(corpus, corpus / "sample", sample_ratio=0.5) == first
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_the_row_groups(
+    corpus: Path, tmp_path: Path
+) -> None:
+    sample(corpus, tmp_path / "a", sample_ratio=0.3)
+    again = tmp_path / "again"
+    again.mkdir()
+    for file in corpus.iterdir():
+        pq.write_table(pq.read_table(file), again / file.name, row_group_size=37)
+    sample(again, tmp_path / "b", sample_ratio=0.3)
+    files = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert files == ["part-00000.parquet", "report.md", "sources.png"]
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_report_has_a_row_per_source_and_the_numbers_of_the_chart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(charts, "can_draw", str.isascii)  # as on a system without Chinese
+    table = pa.table({"text": ["a"] * 6, "source": ["中文"] * 3 + ["b|c"] * 2 + ["law"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    report = stratify(PrepareTokenizerConfig(data=tmp_path, out=tmp_path / "out", sample_ratio=1.0))
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| 1 | 中文 | 3 | 50.00% | 3 B | 3 | 50.00% | 3 B |" in text
+    assert "| 2 | b\\|c | 2 |" in text
+    assert "A number in the chart is that of the row in this table." in text
+    assert sample_report.labels(report) == [("中文", "#1"), ("b|c", "b|c"), ("law", "law")]
+    assert (tmp_path / "out" / "sources.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_damaged_file_is_named_and_nothing_is_written(corpus: Path, tmp_path: Path) -> None:
+    bad = pa.array([b"ok", b"\xff\xfe"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad, "source": ["x", "x"]}), corpus / "2.parquet")
+    with pytest.raises(InputError, match=r"2\.parquet` cannot be read.*UTF8"):
+        sample(corpus, tmp_path / "out")
+    (corpus / "2.parquet").write_bytes((corpus / "1.parquet").read_bytes()[:3000])
+    with pytest.raises(InputError, match=r"2\.parquet` cannot be read"):
+        sample(corpus, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == [corpus.name]
+
+
+def test_a_killed_run_leaves_the_earlier_sample_and_the_next_one_cleans_up(
+    corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    before = sample(corpus, out, sample_ratio=0.1)
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from minillm.data import stratify as module\n"
+        "from minillm.settings import PrepareTokenizerConfig\n"
+        "def die(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "module.write_sample_report = die\n"
+        f"cfg = PrepareTokenizerConfig(data=Path({str(corpus)!r}), out=Path({str(out)!r}))\n"
+        "module.stratify(cfg)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [(row["text"], row["source"]) for row in read(out)] == before
+    assert len(sample(corpus, out, sample_ratio=0.5)) == 500
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "raw"]
 
 
 @given(
