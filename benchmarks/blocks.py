@@ -11,7 +11,7 @@ transformers  its own block or function, eager, and compiled
 router, the shared expert, the convolution and the norm around them. The floor is the time of the
 matrix products alone at the speed of one large one. Times are the best of the turns.
 
-    python benchmarks/blocks.py [--turns 5] [--dtypes float32 bfloat16] [--no-compile] [--cpu-time]
+    python benchmarks/blocks.py [--turns 5] [--dtypes float32 bfloat16] [--no-compile] [--only NAME]
 
 `--cpu-time` counts the CPU time of one thread, for a machine that has other work to do as well.
 """
@@ -57,13 +57,18 @@ SHAPES: dict[str, tuple[int, int, dict[str, int]]] = {
 
 
 def loop_over_experts(experts: Any, x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
-    """Multiply each expert's tokens on their own, and add the results up."""
+    """Multiply each expert's tokens on their own, and add the results up.
+
+    Weights are taken apart once, as if each expert were a module of its own: indexing the packed
+    tensor in the loop would fill its whole gradient once for every expert.
+    """
     out_ND = torch.zeros_like(x_ND)
-    for e in range(experts.num_experts):
+    weights = zip(experts.gate_up_proj.unbind(), experts.down_proj.unbind(), strict=True)
+    for e, (gate_up, down) in enumerate(weights):
         token, slot = torch.where(index_NK == e)
         if len(token):
-            gate, up = F.linear(x_ND[token], experts.gate_up_proj[e]).chunk(2, -1)
-            y = F.linear(F.silu(gate) * up, experts.down_proj[e]) * weight_NK[token, slot, None]
+            gate, up = F.linear(x_ND[token], gate_up).chunk(2, -1)
+            y = F.linear(F.silu(gate) * up, down) * weight_NK[token, slot, None]
             out_ND.index_add_(0, token, y.to(x_ND.dtype))
     return out_ND
 
@@ -219,6 +224,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
     parser.add_argument("--cpu-time", action="store_true")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
@@ -245,6 +251,8 @@ def main() -> None:
             x = torch.randn(rows, length, config.hidden_size, dtype=dtype, requires_grad=True)
             layer = model.model.layers[0]
             for name, problem in problems(layer, official, x, shape == "published").items():
+                if args.only not in f"{name}, {shape}":
+                    continue
                 torch._dynamo.reset()
                 cells = measure(problem, args.turns, not args.no_compile, speed, clock)
                 is_moe = "floor" in problem
