@@ -103,6 +103,6 @@ def _trackio(run: Path, name: str, key: str) -> dict[str, Any]:
 _OPTIONS = {"wandb": _wandb, "swanlab": _swanlab, "trackio": _trackio}
 _OFFLINE = {
     "wandb": "WANDB_MODE=offline",
-    "swanlab": "SWANLAB_MODE=local",
+    "swanlab": "SWANLAB_MODE=offline",
     "trackio": "TRACKIO_DIR=trackio",
 }
