@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from minillm.device import describe
+from minillm.device import describe, has_bf16
 from minillm.models import registry
 from minillm.models.gated_delta import gated_delta_rule
 from minillm.models.mini_qwen3_next_config import MiniQwen3NextConfig
@@ -211,7 +211,7 @@ def measure(
         assert error < (1e-4 if expected.dtype == torch.float32 else 0.03), error
     ms = best_of_turns(steps, turns, clock)
     times = [f"{ms[name]:.1f}" if name in ms else "-" for name in NAMES]
-    floor = f"{counter.get_total_flops() / speed * 1e3:.1f}"
+    floor = f"{counter.get_total_flops() / speed * 1e3:.1f}" if speed else "-"
     pairs = [("loop", "ours"), ("loop", "ours compiled"), ("transformers", "ours")]
     pairs.append(("transformers compiled", "ours compiled"))
     ratios = [f"{ms[a] / ms[b]:.2f}" if a in ms and b in ms else "-" for a, b in pairs]
@@ -241,7 +241,8 @@ def main() -> None:
     where += f" | torch {torch.__version__}, transformers {transformers.__version__}"
     where += f" | {datetime.date.today()}"
     for dtype in (getattr(torch, name) for name in args.dtypes):
-        speed = matmul_speed(dtype, clock)
+        is_emulated = dtype == torch.bfloat16 and not has_bf16(torch.device("cpu"))
+        speed = 0.0 if is_emulated else matmul_speed(dtype, clock)
         for shape, (rows, length, fields) in SHAPES.items():
             config: MiniQwen3NextConfig = registry.build_config(  # type: ignore[assignment]
                 "mini_qwen3_next", vocab_size=64, num_hidden_layers=4, **fields
