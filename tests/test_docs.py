@@ -44,6 +44,9 @@ def test_commands_parse(page: Path) -> None:
     for words in commands(page.read_text(encoding="utf-8")):
         if words[0] == "…" or "..." in words:
             continue
+        for flag in ("--resume", "--config"):  # they read a file that only the reader has
+            if flag in words:
+                del words[words.index(flag) : words.index(flag) + 2]
         parse([word for word in words if word != "--help"])
 
 
