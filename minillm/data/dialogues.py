@@ -1,9 +1,10 @@
 """Dialogues from JSON lines, one per line, checked one by one.
 
-    {"messages": [{"role": "system" | "user" | "assistant", "content": "…"}, …], "source": "…"}
+    {"messages": [{"role": "system" | "user" | "assistant", "content": "…"}, …], "type": "…"}
     {"instruction": "…", "input": "…", "output": "…", "history": [["question", "answer"], …]}
 
-The second form is that of the deepctrl sets. A line that is neither stops the reading with file
+The second form is that of the deepctrl sets, where the question is `instruction`, `input` or both.
+`type`, or `source`, says what kind of dialogue it is. A line that is neither is an error with file
 and line: a set with holes nobody knows of is worse than none.
 """
 
@@ -13,37 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm.data.chat import check_messages
+from minillm.data.chat import BadDialogue, check_messages
 from minillm.data.documents import read_lines
-from minillm.errors import InputError
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+_NO_JSON, _NO_DIALOGUE = "not JSON", "no dialogue"
 
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """Checked messages, and where they came from."""
+    """Checked messages, and what kind of dialogue they are, e.g. where they came from."""
 
     messages: list[dict[str, str]]
     source: str
 
-
-def find_dialogue_files(path: Path) -> list[Path]:
-    """Return the JSONL files below a folder, sorted by path, or the file itself.
-
-    Raises:
-        InputError: There is none.
-    """
-    if path.is_file() and path.name.lower().endswith(_SUFFIXES):
-        return [path]
-    files = sorted(f for f in path.rglob("*") if f.name.lower().endswith(_SUFFIXES) and f.is_file())
-    if not files:
-        what = "is not a JSONL file" if path.is_file() else "holds no .jsonl file"
-        raise InputError(
-            f"`{path}` {what}",
-            hint="write one dialogue per line to `NAME.jsonl`, or use `--data bundled`",
-        )
-    return files
+    @property
+    def is_multi_turn(self) -> bool:
+        """More than one answer."""
+        return sum(message["role"] == "assistant" for message in self.messages) > 1
 
 
 def read_file(file: Path) -> Iterator[Dialogue]:
@@ -58,26 +45,35 @@ def read_file(file: Path) -> Iterator[Dialogue]:
                 yield parse_line(line, f"`{file}` line {number}")
 
 
-def parse_line(line: str, where: str) -> Dialogue:
+def parse_line(line: str | bytes, where: str) -> Dialogue:
     """Return the dialogue of one line.
 
     Raises:
-        InputError: It is not JSON, or no dialogue.
+        BadDialogue: It is not UTF-8, not JSON, or no dialogue.
     """
     try:
         item = json.loads(line)
+    except UnicodeDecodeError as err:
+        raise BadDialogue(
+            f"{where}: not UTF-8 ({err.reason} at byte {err.start})",
+            hint="convert the file: `iconv -f GB18030 -t UTF-8 FILE > NEW`",
+            reason="not UTF-8",
+        ) from None
     except (ValueError, RecursionError) as err:
-        raise InputError(
-            f"{where}: not JSON ({err})", hint="one JSON object per line; remove or mend the line"
+        raise BadDialogue(
+            f"{where}: not JSON ({err})",
+            hint="one JSON object per line; mend the line, or leave it out: `--skip-bad`",
+            reason=_NO_JSON,
         ) from None
     if not isinstance(item, dict):
-        raise InputError(
+        raise BadDialogue(
             f"{where}: expected an object, found {type(item).__name__}",
             hint='a line is `{"messages": [{"role": …, "content": …}, …]}`',
+            reason=_NO_DIALOGUE,
         )
     if "messages" not in item and {"instruction", "output"} <= item.keys():
         item["messages"] = _from_instruction(item, where)
-    source = item.get("source")
+    source = item.get("type") or item.get("source")
     return Dialogue(
         check_messages(item.get("messages"), where), source if isinstance(source, str) else ""
     )
@@ -86,12 +82,12 @@ def parse_line(line: str, where: str) -> Dialogue:
 def _from_instruction(item: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """Return the messages of a deepctrl line."""
     turns: list[tuple[Any, Any]] = []
-    for pair in item.get("history") or []:
+    history = item.get("history") or []
+    if not isinstance(history, list):
+        raise _bad_history(where)
+    for pair in history:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise InputError(
-                f"{where}: `history` must be a list of [question, answer] pairs",
-                hint="mend or remove the line",
-            )
+            raise _bad_history(where)
         turns.append((pair[0], pair[1]))
     parts = [item["instruction"], item.get("input")]
     asked = "\n".join(part for part in parts if isinstance(part, str) and part.strip())
@@ -102,3 +98,11 @@ def _from_instruction(item: dict[str, Any], where: str) -> list[dict[str, Any]]:
         for turn in turns
         for role, text in zip(roles, turn, strict=True)
     ]
+
+
+def _bad_history(where: str) -> BadDialogue:
+    return BadDialogue(
+        f"{where}: `history` must be a list of [question, answer] pairs",
+        hint="mend the line, or leave it out: `--skip-bad`",
+        reason=_NO_DIALOGUE,
+    )

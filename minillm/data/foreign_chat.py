@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from minillm.data.chat import ChatEncoder, Encoded
+from minillm.data.chat import ChatEncoder, Encoded, EncodeTexts
 from minillm.data.tokenizer import plain_encoder
 from minillm.errors import InputError
 
@@ -25,14 +25,20 @@ _PROBE: list[dict[str, str]] = [
 ]
 
 
-def make_encoder(tokenizer: PreTrainedTokenizerFast) -> "ChatEncoder | TemplateEncoder":
+def make_encoder(
+    tokenizer: PreTrainedTokenizerFast, encode_texts: EncodeTexts | None = None
+) -> "ChatEncoder | TemplateEncoder":
     """Return the encoder for dialogues that suits a tokenizer's chat template.
+
+    Args:
+        tokenizer: The tokenizer.
+        encode_texts: A faster way to encode text, for the template of minillm.
 
     Raises:
         InputError: It has no chat template, or one that training cannot follow.
     """
     try:
-        return ChatEncoder(tokenizer)
+        return ChatEncoder(tokenizer, encode_texts)
     except (InputError, TemplateError):
         if tokenizer.chat_template is None:
             raise

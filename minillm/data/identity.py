@@ -47,6 +47,16 @@ def identity_dialogues(persona: IdentityConfig, seed: int = 0) -> list[Dialogue]
     return [_dialogue(turns, kind, rng) for turns, kind in _plans(intents, persona, rng)]
 
 
+def pick_identity(dialogues: list[Dialogue], count: int) -> list[Dialogue]:
+    """Return `count` of the dialogues, evenly spaced, so that each kind of question is there.
+
+    >>> pick_identity([{"n": n} for n in range(7)], 3)
+    [{'n': 1}, {'n': 3}, {'n': 5}]
+    """
+    count = min(count, len(dialogues))
+    return [dialogues[(2 * i + 1) * len(dialogues) // (2 * count)] for i in range(count)]
+
+
 def _plans(
     intents: Mapping[str, Any], persona: IdentityConfig, rng: random.Random
 ) -> Iterator[tuple[list[tuple[str, str]], str]]:

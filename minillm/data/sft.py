@@ -1,84 +1,58 @@
 """`minillm prepare-sft`: dialogues to a parquet of token rows, packed or one dialogue a row.
 
+Two passes: the first notes where each dialogue lies and of what kind it is, the second encodes
+those that are wanted into a log on disk, from which the rows are gathered. Memory holds some 60
+bytes a dialogue and never its text or tokens, so tens of millions fit into a few GB.
+
 A dialogue longer than a row is dropped, counted and reported, never cut: half an answer would
-teach the model to stop in mid-sentence. The price: all tokens are held in memory, 8 bytes each.
+teach the model to stop in mid-sentence.
 """
 
+import contextlib
+import hashlib
 import json
-import random
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerFast
 
 from minillm import paths
-from minillm.data.chat import ChatEncoder
-from minillm.data.dialogues import Dialogue, find_dialogue_files, read_file
-from minillm.data.foreign_chat import TemplateEncoder, make_encoder
-from minillm.data.identity import identity_dialogues
-from minillm.data.packing import pack
-from minillm.data.sft_rows import METADATA_KEY, SftRow, SftRows
-from minillm.data.tokenizer import fingerprint, load_tokenizer, resolve_tokenizer
-from minillm.data.windows import IGNORE
+from minillm.data.encoder import Mismatch, plan_encoder
+from minillm.data.foreign_chat import make_encoder
+from minillm.data.identity import identity_dialogues, pick_identity
+from minillm.data.packing import Packed, pack
+from minillm.data.sft_choose import choose, shuffled
+from minillm.data.sft_encode import Rule, TokenLog, TokenReader
+from minillm.data.sft_inputs import find_dialogue_files, unpack, write_identity
+from minillm.data.sft_report import SftReport, draw_charts
+from minillm.data.sft_rows import SftRow, SftRows
+from minillm.data.sft_scan import Candidates, scan
+from minillm.data.sft_write import Layout, write_rows
+from minillm.data.tokenizer import fingerprint, load_tokenizer, plain_json, resolve_tokenizer
+from minillm.data.worker_pool import Workers, count_workers, start_workers
 from minillm.errors import InputError
-from minillm.files import atomic_write
-from minillm.log import Progress, task
+from minillm.files import folder_lock
+from minillm.log import Progress, logger, task
 from minillm.settings import PrepareSftConfig
 
 __all__ = ["SftReport", "SftRow", "SftRows", "prepare_sft"]
 
-_BATCH_ROWS = 1024
-_INTS = pa.list_(pa.int32())
+_IDENTITY_COUNT = 200
+_WORKER_BYTES = 8_000_000  # a worker takes seconds to start: not for less input than this
 
-
-@dataclass(frozen=True, slots=True)
-class SftReport:
-    """What `prepare_sft` read, dropped and wrote."""
-
-    path: Path
-    num_read: int
-    """Dialogues in the files."""
-    num_identity: int
-    """Dialogues made of the identity templates."""
-    num_sampled_out: int
-    """Left out by `max_dialogues`."""
-    num_too_long: int
-    """Dropped, longer than a row."""
-    longest: int
-    """Tokens of the longest dialogue, dropped or not."""
-    num_dialogues: int
-    """Written."""
-    num_rows: int
-    sequence_length: int
-    num_tokens: int
-    num_label_tokens: int
-    fill: float
-    """Share of `num_rows * sequence_length` that is tokens."""
-    by_source: dict[str, int]
-    """Dialogues written, by source."""
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """One dialogue, encoded; int32 arrays of its length."""
-
-    ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    source: str
+Ints = npt.NDArray[np.int64]
 
 
 def prepare_sft(cfg: PrepareSftConfig, progress: Progress) -> SftReport:
     """Write the SFT parquet of some dialogues and a persona.
 
-    The result depends on data, settings and tokenizer alone: same input, same rows.
+    The result depends on data, settings and tokenizer alone: same input, same bytes, with any
+    number of processes and however often it was interrupted.
 
     Args:
         cfg: The settings.
@@ -86,176 +60,196 @@ def prepare_sft(cfg: PrepareSftConfig, progress: Progress) -> SftReport:
 
     Raises:
         InputError: Data or tokenizer are missing or malformed, or no dialogue is short enough.
+        RunError: A worker died, or another process makes the same file.
     """
     started = time.monotonic()
+    try:
+        report = _prepare(cfg, cfg.backend, progress)
+    except Mismatch as err:
+        logger.warning("beginning anew with tokenizers, for gigatoken will not do: %s", err)
+        report = _prepare(cfg, "tokenizers", progress)
+    if cfg.charts:
+        report.charts = draw_charts(report)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _prepare(cfg: PrepareSftConfig, backend: str, progress: Progress) -> SftReport:
     folder = resolve_tokenizer(cfg.tokenizer)
     tokenizer = load_tokenizer(folder)
-    files = find_dialogue_files(paths.resolve(cfg.data, paths.BUNDLED_DIALOGUES))
-    rng = random.Random(cfg.seed)
-    read = _Counted(_read(files, progress))
-    chosen = _sample(read, cfg.max_dialogues, rng)
-    persona = [
-        Dialogue(item["messages"], item["source"])
-        for item in identity_dialogues(cfg.persona, cfg.seed)
-    ]
-    kept, num_too_long, longest = _encode_all(
-        make_encoder(tokenizer), _chain(chosen, persona), cfg.sequence_length
+    make_encoder(tokenizer)
+    files = find_dialogue_files(paths.resolve(cfg.data, paths.BUNDLED_DIALOGUES), without=cfg.out)
+    size_bytes = sum(file.stat().st_size for file in files)
+    plan = plan_encoder(plain_json(tokenizer), backend, size_bytes)
+    rule = Rule(
+        tokenizer=folder,
+        fingerprint=fingerprint(folder),
+        is_fast=plan.is_fast,
+        odd=plan.odd,
+        wide=len(tokenizer) > 1 << 16,
+        min_tokens=cfg.min_tokens,
+        max_tokens=cfg.sequence_length,
     )
-    if not kept:
-        _refuse_empty(cfg, num_too_long, longest)
-    rng.shuffle(kept)
-    rows = _rows(kept, cfg, rng)
-    counts = {
-        "num_dialogues": len(kept),
-        "num_tokens": sum(len(tokens.ids) for tokens in kept),
-        "num_label_tokens": sum(int((tokens.labels != IGNORE).sum()) for tokens in kept),
+    num_workers = count_workers(cfg.workers, size_bytes, _WORKER_BYTES)
+    with _work_folder(cfg.out) as work, start_workers(num_workers) as workers:
+        plain = unpack(files, work, rule.fingerprint, len(tokenizer), progress)
+        plain += write_identity(_identity(cfg), work)
+        found = scan(plain, workers, progress, skip_bad=cfg.skip_bad)
+        with TokenLog(work, rule, _made_from(cfg, rule, found)) as log:
+            wanted = _choose(cfg, found, log, workers, progress)
+            report = _finish(cfg, found, wanted, log.finish(), tokenizer, progress)
+        (work / "done").touch()
+    return report
+
+
+@contextlib.contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """Yield `OUT.work`; it goes in the end, but stays after an interruption worth going on from."""
+    work = out.with_name(out.name + ".work")
+    with folder_lock(work):
+        try:
+            yield work
+        finally:
+            if (work / "done").is_file() or not (work / "log.json").is_file():
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def _identity(cfg: PrepareSftConfig) -> list[dict[str, object]]:
+    dialogues = identity_dialogues(cfg.persona, cfg.seed)
+    count = cfg.persona.identity_count
+    if not count:
+        count = len(dialogues) if cfg.data.as_posix() == paths.BUNDLED else _IDENTITY_COUNT
+    return pick_identity(dialogues, count)
+
+
+def _made_from(cfg: PrepareSftConfig, rule: Rule, found: Candidates) -> str:
+    """Return what identifies the order and the result of encoding."""
+    tree = {
+        "format": 1,
+        "data": found.sha256,
+        "identity": [file.is_identity for file in found.files],
+        "rule": [rule.fingerprint, rule.is_fast, rule.min_tokens, rule.max_tokens],
+        "sample": [cfg.max_dialogues, cfg.multi_turn_ratio, cfg.balance, cfg.skip_bad, cfg.seed],
     }
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
+
+
+def _choose(
+    cfg: PrepareSftConfig, found: Candidates, log: TokenLog, workers: Workers, progress: Progress
+) -> Ints:
+    """Encode what is wanted, or may be; return the dialogues to write, all of which fit."""
+    persona = np.flatnonzero(found.is_identity)
+    pool = np.flatnonzero(~found.is_identity)
+
+    def encode(picks: Ints) -> npt.NDArray[np.bool_]:
+        size = float(found.size[picks].sum())
+        with task(progress, f"encode {len(picks):,} dialogues", size, "bytes"):
+            lengths = log.encode(picks, found, workers, progress)
+        fits: npt.NDArray[np.bool_] = lengths > 0
+        return fits
+
+    persona = persona[encode(persona)] if len(persona) else persona
+    if cfg.max_dialogues and len(pool) > cfg.max_dialogues:
+        if cfg.balance:
+            is_multi = found.is_multi[pool]
+            group_of = found.kind[pool].astype(np.int64) * 2 + is_multi
+        else:
+            is_multi, group_of = np.zeros(len(pool), bool), np.zeros(len(pool), np.int64)
+        ratio = cfg.multi_turn_ratio
+        chosen = choose(pool, group_of, is_multi, cfg.max_dialogues, ratio, cfg.seed, encode)
+    else:
+        chosen = pool[encode(pool)] if len(pool) else pool
+    return np.sort(np.concatenate([chosen, persona]))
+
+
+def _finish(
+    cfg: PrepareSftConfig,
+    found: Candidates,
+    wanted: Ints,
+    reader: TokenReader,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Progress,
+) -> SftReport:
+    """Pack and write the dialogues that are wanted."""
+    too_long = reader.lengths < -cfg.sequence_length
+    longest = int(np.abs(reader.lengths).max(initial=0))
+    if not len(wanted):
+        _refuse_empty(cfg, found, int(too_long.sum()), longest)
+    place_of = np.full(len(found), -1, np.int64)
+    place_of[reader.indices] = np.arange(len(reader.indices))
+    places = place_of[wanted][shuffled(len(wanted), cfg.seed, 2)]
+    lengths = reader.lengths[places].astype(np.int64)
+    if cfg.pack:
+        packed = pack(lengths, cfg.sequence_length)
+        rows = Packed(places[packed.indices], packed.starts)
+    else:
+        rows = Packed(places, np.arange(len(places) + 1))
+    order = shuffled(len(rows), cfg.seed, 3)
     facts = {
         "format_version": 1,
-        "tokenizer_sha256": fingerprint(folder),
+        "tokenizer_sha256": reader.rule.fingerprint,
         "vocab_size": len(tokenizer),
         "sequence_length": cfg.sequence_length,
         "packed": cfg.pack,
         "seed": cfg.seed,
+        "num_dialogues": len(wanted),
+        "num_tokens": int(lengths.sum()),
     }
-    _write(cfg.out, rows, cfg.pack, facts | counts, progress)
+    layout = Layout(
+        packed=cfg.pack,
+        padded_to=cfg.sequence_length if cfg.padded else 0,
+        pad_id=int(tokenizer.pad_token_id or 0),
+        types=found.types,
+        kind=found.kind[reader.indices],
+    )
+    num_learned = write_rows(cfg.out, reader, rows, order, layout, facts, progress)
+    kinds = np.bincount(found.kind[wanted], minlength=len(found.types)).tolist()
+    by_type = Counter(dict(zip(found.types, kinds, strict=True)))
+    num_identity = int(found.is_identity.sum())
     return SftReport(
         path=cfg.out,
-        num_read=read.count,
-        num_identity=len(persona),
-        num_sampled_out=read.count + len(persona) - len(kept) - num_too_long,
-        num_too_long=num_too_long,
+        num_read=found.num_lines - num_identity,
+        num_identity=num_identity,
+        num_sampled_out=len(found) - len(wanted) - int((reader.lengths <= 0).sum()),
+        num_never_encoded=len(found) - len(reader.indices),
+        num_too_long=int(too_long.sum()),
+        num_too_short=int(((reader.lengths <= 0) & ~too_long).sum()),
+        rejected=found.rejected,
         longest=longest,
+        num_dialogues=len(wanted),
+        num_multi_turn=int(found.is_multi[wanted].sum()),
         num_rows=len(rows),
         sequence_length=cfg.sequence_length,
-        fill=counts["num_tokens"] / (len(rows) * cfg.sequence_length),
-        by_source=dict(Counter(tokens.source or "unnamed" for tokens in kept).most_common()),
-        seconds=time.monotonic() - started,
-        **counts,
+        packed=cfg.pack,
+        num_tokens=int(lengths.sum()),
+        num_label_tokens=num_learned,
+        lengths=np.bincount(lengths, minlength=cfg.sequence_length + 1),
+        row_lengths=np.bincount(
+            np.add.reduceat(reader.lengths[rows.indices].astype(np.int64), rows.starts[:-1]),
+            minlength=cfg.sequence_length + 1,
+        ),
+        by_type={name or "unnamed": n for name, n in by_type.most_common() if n},
     )
 
 
-class _Counted:
-    """An iterable that counts what passed."""
-
-    def __init__(self, items: Iterable[Dialogue]) -> None:
-        self._items, self.count = items, 0
-
-    def __iter__(self) -> Iterator[Dialogue]:
-        for item in self._items:
-            self.count += 1
-            yield item
-
-
-def _read(files: Sequence[Path], progress: Progress) -> Iterator[Dialogue]:
-    sizes = [file.stat().st_size for file in files]
-    with task(progress, "read dialogues", sum(sizes), "bytes"):
-        for file, size in zip(files, sizes, strict=True):
-            yield from read_file(file)
-            progress.advance(size)
-
-
-def _chain(*parts: Iterable[Dialogue]) -> Iterator[Dialogue]:
-    for part in parts:
-        yield from part
-
-
-def _sample(items: Iterable[Dialogue], count: int, rng: random.Random) -> Iterable[Dialogue]:
-    """Return `count` items, each as likely as any (algorithm R, Vitter 1985); all if 0."""
-    if count <= 0:
-        return items
-    chosen: list[Dialogue] = []
-    for index, item in enumerate(items):
-        if index < count:
-            chosen.append(item)
-        elif (place := rng.randrange(index + 1)) < count:
-            chosen[place] = item
-    return chosen
-
-
-def _encode_all(
-    encoder: ChatEncoder | TemplateEncoder, dialogues: Iterable[Dialogue], sequence_length: int
-) -> tuple[list[_Tokens], int, int]:
-    """Return the dialogues that fit a row, the number of others, and the longest in tokens."""
-    kept: list[_Tokens] = []
-    num_too_long = longest = 0
-    for dialogue in dialogues:
-        encoded = encoder.encode(dialogue.messages)
-        size = len(encoded.token_ids)
-        longest = max(longest, size)
-        if size > sequence_length:
-            num_too_long += 1
-            continue
-        ids = np.array(encoded.token_ids, dtype=np.int32)
-        kept.append(_Tokens(ids, np.array(encoded.labels, dtype=np.int32), dialogue.source))
-    return kept, num_too_long, longest
-
-
-def _refuse_empty(cfg: PrepareSftConfig, num_too_long: int, longest: int) -> None:
-    if not num_too_long:
+def _refuse_empty(
+    cfg: PrepareSftConfig, found: Candidates, num_too_long: int, longest: int
+) -> None:
+    if not len(found):
+        what = (
+            f", {found.rejected.counts.total()} lines are no dialogues" if found.num_lines else ""
+        )
         raise InputError(
-            f"no dialogue in `{cfg.data}`", hint="use the ones in the package: `--data bundled`"
+            f"no dialogue in `{cfg.data}`{what}",
+            hint="use the ones in the package: `--data bundled`",
+        )
+    if num_too_long:
+        raise InputError(
+            f"all {num_too_long} dialogues are longer than `--sequence-length "
+            f"{cfg.sequence_length}`",
+            hint=f"the longest has {longest} tokens: `--sequence-length {longest}`",
         )
     raise InputError(
-        f"all {num_too_long} dialogues are longer than `--sequence-length {cfg.sequence_length}`",
-        hint=f"the longest has {longest} tokens: `--sequence-length {longest}`",
+        f"all {len(found)} dialogues are shorter than `--min-tokens {cfg.min_tokens}`",
+        hint=f"the longest has {longest} tokens: `--min-tokens 0` keeps all",
     )
-
-
-def _rows(
-    kept: Sequence[_Tokens], cfg: PrepareSftConfig, rng: random.Random
-) -> list[list[_Tokens]]:
-    """Return the dialogues of each row, in shuffled order."""
-    if not cfg.pack:
-        return [[tokens] for tokens in kept]
-    packed = pack([len(tokens.ids) for tokens in kept], cfg.sequence_length)
-    rows = [[kept[index] for index in row] for row in packed]
-    rng.shuffle(rows)
-    return rows
-
-
-def _write(
-    path: Path,
-    rows: Sequence[Sequence[_Tokens]],
-    packed: bool,
-    facts: dict[str, Any],
-    progress: Progress,
-) -> None:
-    """Write the parquet, whole or not at all."""
-    last = "sample_lengths" if packed else "attention_mask"
-    lists = [(name, _INTS) for name in ("token_ids", "labels", "position_ids")]
-    columns = [*lists, ("length", pa.int32()), (last, _INTS), ("type", pa.string())]
-    schema = pa.schema(columns, metadata={METADATA_KEY: json.dumps(facts).encode()})
-    with (
-        task(progress, "write rows", len(rows), "rows"),
-        atomic_write(path) as stream,
-        pq.ParquetWriter(stream, schema, compression="zstd") as writer,
-    ):
-        for first in range(0, len(rows), _BATCH_ROWS):
-            part = rows[first : first + _BATCH_ROWS]
-            writer.write_table(pa.table([*_columns(part, packed)], schema=schema))
-            progress.advance(len(part))
-
-
-def _columns(rows: Sequence[Sequence[_Tokens]], packed: bool) -> Iterator[pa.Array]:
-    """Yield the columns of some rows, in the order of the schema."""
-    sizes = [[len(tokens.ids) for tokens in row] for row in rows]
-    lengths = [sum(row) for row in sizes]
-    flat = [tokens for row in rows for tokens in row]
-    positions = [np.arange(len(tokens.ids), dtype=np.int32) for tokens in flat]
-    yield _lists([tokens.ids for tokens in flat], lengths)
-    yield _lists([tokens.labels for tokens in flat], lengths)
-    yield _lists(positions, lengths)
-    yield pa.array(lengths, pa.int32())
-    if packed:
-        yield pa.array(sizes, _INTS)
-        yield pa.array(["packed"] * len(rows))
-    else:
-        yield _lists([np.ones(sum(lengths), dtype=np.int32)], lengths)
-        yield pa.array([row[0].source for row in rows])
-
-
-def _lists(parts: Sequence[npt.NDArray[np.int32]], lengths: Sequence[int]) -> pa.Array:
-    """Return a column of lists of these lengths, cut from the joined parts."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts)))

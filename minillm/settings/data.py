@@ -43,11 +43,19 @@ class TrainTokenizerConfig:
     out: Annotated[Path, Doc("Folder for the tokenizer.")] = paths.TOKENIZER
     vocab_size: Annotated[int, Doc("Base tokens; 4 chat tokens are added.")] = 32_000
     text_column: Annotated[str, Doc("Name of the text column or JSON key.")] = "text"
-    max_bytes: Annotated[int, Doc("Train on at most this many bytes of text; 0 is all.")] = 0
+    max_bytes: Annotated[
+        int,
+        Doc("Train on at most this much text, drawn from all of it; 0: all. Needs 50x in memory."),
+    ] = 60_000_000
+    seed: Annotated[int, Doc("Seed of that draw.")] = 0
+    compare: Annotated[
+        tuple[Path, ...], Doc("Tokenizer folder to compare with in the report; repeatable.")
+    ] = ()
 
     def __post_init__(self) -> None:
         """A byte-level vocabulary holds 256 bytes and `<|endoftext|>`."""
         check_range(self, "vocab_size", 257, 1_000_000)
+        check_range(self, "max_bytes", 0, 2**63 - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +68,28 @@ class TokenizeConfig:
     tokenizer: Annotated[
         Path, Doc("Tokenizer folder; or `bundled`; or `auto`: data/tokenizer, else bundled.")
     ] = Path("auto")
+    recipe: Annotated[
+        Literal["none", "fineweb", "deepctrl"],
+        Doc("A published set's: `fineweb` (text), `deepctrl` (instruction + input + output)."),
+    ] = "none"
     text_column: Annotated[str, Doc("Name of the text column or JSON key.")] = "text"
+    template: Annotated[
+        str, Doc("Several columns as one text, e.g. `{instruction}\\n{output}`.")
+    ] = ""
+    backend: Annotated[
+        Literal["auto", "gigatoken", "tokenizers"],
+        Doc("Library that encodes; the ids are the same. `auto`: gigatoken where it pays."),
+    ] = "auto"
     workers: Annotated[int, Doc("Processes; 0 is one per core.")] = 0
+
+    def __post_init__(self) -> None:
+        """Reject two answers to the same question."""
+        check_range(self, "workers", 0, 1024)
+        if (self.recipe != "none") + bool(self.template) + (self.text_column != "text") > 1:
+            raise ConfigError(
+                "--recipe, --template and --text-column each say what a document is",
+                hint="pass one of them",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +101,10 @@ class MergeBinConfig:
     tokenizer: Annotated[
         Path | None, Doc("Tokenizer folder; needed for .bin files without a manifest.")
     ] = None
+    shuffle_documents: Annotated[
+        bool, Doc("Put the documents of all files in one random order.")
+    ] = False
+    seed: Annotated[int, Doc("Seed of that order.")] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +116,17 @@ class IdentityConfig:
     author: Annotated[str, Doc("Who made it.")] = "the minillm project"
     author_zh: Annotated[str, Doc("Who made it, in Chinese; empty: the same.")] = "minillm 项目"
     identity_repeat: Annotated[
-        int, Doc("How often each identity dialogue appears, in other words each time.")
+        int, Doc("How often each identity dialogue is asked, in other words each time.")
     ] = 4
+    identity_count: Annotated[
+        int,
+        Doc("How many of these to mix in; 0: 200, or all of them with the bundled dialogues."),
+    ] = 0
 
     def __post_init__(self) -> None:
         """Reject a model without a name."""
         check_range(self, "identity_repeat", 1, 1000)
+        check_range(self, "identity_count", 0, 1_000_000)
         if not self.assistant_name.strip() or not self.author.strip():
             raise ConfigError(
                 f"the model needs a name and an author: `{self.assistant_name}`, `{self.author}`",
@@ -101,22 +138,51 @@ class IdentityConfig:
 class PrepareSftConfig:
     """`minillm prepare-sft`."""
 
-    data: Annotated[Path, Doc("JSONL file or folder of dialogues (`messages`); or `bundled`.")] = (
-        Path(paths.BUNDLED)
-    )
+    data: Annotated[
+        Path, Doc("File or folder of dialogues: JSONL, parquet, or SFT parquet; or `bundled`.")
+    ] = Path(paths.BUNDLED)
     out: Annotated[Path, Doc("SFT parquet to write.")] = paths.SFT_PARQUET
     tokenizer: Annotated[
         Path, Doc("Tokenizer folder; or `bundled`; or `auto`: data/tokenizer, else bundled.")
     ] = Path("auto")
-    sequence_length: Annotated[int, Doc("Longest row, in tokens.")] = 512
+    sequence_length: Annotated[int, Doc("Longest row and longest dialogue, in tokens.")] = 512
+    min_tokens: Annotated[int, Doc("Shortest dialogue, in tokens.")] = 0
     pack: Annotated[bool, Doc("Pack several dialogues into one row.")] = True
-    max_dialogues: Annotated[int, Doc("Sample at most this many dialogues; 0 is all.")] = 0
+    padded: Annotated[bool, Doc("Fill all rows up, in the layout of the published sets.")] = False
+    max_dialogues: Annotated[
+        int, Doc("Sample this many dialogues where there are more; 0 takes all.")
+    ] = 50_000
+    multi_turn_ratio: Annotated[
+        float, Doc("Share of a sample that has several turns, 0 to 1, as far as there are enough.")
+    ] = 0.2
+    balance: Annotated[
+        bool, Doc("Sample all types alike, and turns by their ratio; else as they come.")
+    ] = True
+    skip_bad: Annotated[
+        bool, Doc("Count lines that are no dialogue, instead of stopping at the first.")
+    ] = False
+    charts: Annotated[bool, Doc("Draw lengths, types and fill beside the file.")] = True
+    show_mask: Annotated[
+        int | None,
+        Doc("Draw which tokens of this row (from 0) of the SFT parquet see each other, only that."),
+    ] = None
+    backend: Annotated[
+        Literal["auto", "gigatoken", "tokenizers"],
+        Doc("Library that encodes; the ids are the same. `auto`: gigatoken where it pays."),
+    ] = "auto"
+    workers: Annotated[int, Doc("Processes; 0 is one per core.")] = 0
     seed: Annotated[int, Doc("Seed of sampling and order.")] = 0
     persona: IdentityConfig = field(default_factory=IdentityConfig)
 
     def __post_init__(self) -> None:
-        """Reject empty rows."""
+        """Reject empty rows and impossible samples."""
         check_range(self, "sequence_length", 16, 1_000_000)
+        check_range(self, "min_tokens", 0, self.sequence_length)
+        check_range(self, "multi_turn_ratio", 0, 1)
+        check_range(self, "max_dialogues", 0, 2**31 - 1)
+        check_range(self, "workers", 0, 256)
+        if self.show_mask is not None:
+            check_range(self, "show_mask", 0, 2**31 - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from minillm.data.dialogues import find_dialogue_files, parse_line, read_file
+from minillm.data.dialogues import parse_line, read_file
+from minillm.data.sft_inputs import find_dialogue_files
 from minillm.errors import InputError
 
 LINE = json.dumps(

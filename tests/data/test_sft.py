@@ -1,22 +1,29 @@
 """`prepare_sft`: what goes in comes out, packed or not, the same every time, or not at all."""
 
+import dataclasses
+import gzip
 import json
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
-from minillm import paths
+from minillm.data import sft_encode, sft_scan
 from minillm.data.sft import SftRows, prepare_sft
-from minillm.data.tokenizer import fingerprint, load_tokenizer
+from minillm.data.tokenizer import fingerprint, load_tokenizer, save_tokenizer, wrap
+from minillm.data.train_tokenizer import train_backend
 from minillm.errors import InputError
 from minillm.log import Silent
 from minillm.settings import IdentityConfig, PrepareSftConfig
 
-TOKENIZER = load_tokenizer(paths.BUNDLED_TOKENIZER)
-VOCAB_SIZE = len(TOKENIZER)
 NOBODY = IdentityConfig(identity=False)
 
 
@@ -28,6 +35,14 @@ def dialogue(*texts: str) -> dict[str, Any]:
 
 DIALOGUES = [dialogue(f"question {i} " * (1 + i % 7), "answer " * (1 + i % 5)) for i in range(60)]
 
+# a small tokenizer, which loads in no time
+_PLACE = tempfile.TemporaryDirectory()
+FOLDER = Path(_PLACE.name)
+_TEXTS = [turn["content"] for item in DIALOGUES for turn in item["messages"]]
+save_tokenizer(wrap(train_backend(iter([_TEXTS]), 270)), FOLDER)
+TOKENIZER = load_tokenizer(FOLDER)
+VOCAB_SIZE = len(TOKENIZER)
+
 
 def settings(
     tmp_path: Path, items: list[dict[str, Any]] = DIALOGUES, **knobs: Any
@@ -35,7 +50,8 @@ def settings(
     """Write dialogues and return settings that read them."""
     data = tmp_path / "dialogues.jsonl"
     data.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-    defaults = {"persona": NOBODY, "sequence_length": 128, "tokenizer": Path("bundled")}
+    defaults = {"persona": NOBODY, "sequence_length": 128, "tokenizer": FOLDER}
+    defaults |= {"charts": False, "workers": 1}
     return PrepareSftConfig(**{"data": data, "out": tmp_path / "sft.parquet", **defaults, **knobs})
 
 
@@ -93,7 +109,7 @@ def test_labels_are_the_answers_and_nothing_else(tmp_path: Path) -> None:
 def test_the_file_tells_what_made_it(tmp_path: Path) -> None:
     report = prepare_sft(settings(tmp_path), Silent())
     rows = SftRows.open(report.path, VOCAB_SIZE)
-    assert rows.tokenizer_sha256 == fingerprint(paths.BUNDLED_TOKENIZER)
+    assert rows.tokenizer_sha256 == fingerprint(FOLDER)
     assert rows.metadata["vocab_size"] == VOCAB_SIZE
     assert rows.metadata["sequence_length"] == 128
     assert rows.metadata["packed"] is True
@@ -140,11 +156,32 @@ def test_max_dialogues_samples_that_many(tmp_path: Path) -> None:
     assert set(texts) != first_seven
 
 
+def test_a_sample_has_all_types_alike_and_several_turns_by_their_ratio(tmp_path: Path) -> None:
+    items = [
+        {
+            "instruction": "",
+            "input": f"问题 {i}",
+            "output": f"回答 {i}",
+            "history": [["早", "早上好"]] if i % 3 == 0 else [],
+            "type": "数学" if i < 100 else "翻译",
+        }
+        for i in range(150)
+    ]
+    report = prepare_sft(settings(tmp_path, items, max_dialogues=40), Silent())
+    assert report.by_type == {"数学": 20, "翻译": 20}
+    assert report.num_multi_turn == 8
+    everything = prepare_sft(settings(tmp_path, items, max_dialogues=60, balance=False), Silent())
+    assert everything.by_type["数学"] > 30
+    assert everything.num_multi_turn > 12
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_persona_is_mixed_in_over_the_whole_file(tmp_path: Path, packed: bool) -> None:
-    persona = IdentityConfig(assistant_name="Nova", identity_repeat=1)
-    report = prepare_sft(settings(tmp_path, persona=persona, pack=packed), Silent())
-    assert report.by_source["identity"] == report.num_identity > 400
+    persona = IdentityConfig(assistant_name="Nova", identity_repeat=1, identity_count=10_000)
+    report = prepare_sft(
+        settings(tmp_path, persona=persona, pack=packed, sequence_length=999), Silent()
+    )
+    assert report.by_type["identity"] == report.num_identity > 400
     places = [i for i, text in enumerate(read_back(report.path)) if "answer" in text]
     assert "Nova" in "".join(read_back(report.path))
     assert min(places) < report.num_dialogues / 2 < max(places)
@@ -159,7 +196,201 @@ def test_a_bad_line_leaves_the_old_file_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dialogues\.jsonl` line 61: not JSON"):
         prepare_sft(cfg, Silent())
     assert (tmp_path / "sft.parquet").read_bytes() == before
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.work"))
+
+
+def test_bad_lines_are_counted_by_reason_and_named_where_asked(tmp_path: Path) -> None:
+    cfg = settings(tmp_path, skip_bad=True)
+    bad = b"\n[1]\n{broken\n\xff\xfe\n" + b"{broken\n" * 5
+    cfg.data.write_bytes(cfg.data.read_bytes() + bad)
+    report = prepare_sft(cfg, Silent())
+    assert report.rejected.counts == {"no dialogue": 1, "not JSON": 6, "not UTF-8": 1}
+    assert report.rejected.examples["not JSON"] == [
+        f"`{cfg.data}` line {line}" for line in (63, 65, 66)
+    ]
+    assert report.num_dialogues == 60
+    assert report.num_read == 68
+
+
+def test_dialogues_without_a_text_are_counted_always(tmp_path: Path) -> None:
+    items = [*DIALOGUES, {"instruction": "q", "output": ""}, dialogue("q", "a", " ", "b")]
+    report = prepare_sft(settings(tmp_path, items), Silent())
+    assert report.rejected.counts == {"empty message": 2}
+    assert report.num_dialogues == 60
+
+
+def test_too_short_dialogues_are_dropped_and_counted(tmp_path: Path) -> None:
+    items = [dialogue("a", "b"), dialogue("a " * 30, "b")]
+    report = prepare_sft(settings(tmp_path, items, min_tokens=40), Silent())
+    assert (report.num_too_short, report.num_dialogues) == (1, 1)
+    with pytest.raises(InputError, match="all 1 dialogues are shorter"):
+        prepare_sft(settings(tmp_path, items[:1], min_tokens=40), Silent())
+
+
+def test_other_files_and_layouts_give_the_same_rows(tmp_path: Path) -> None:
+    """Compressed, as parquet of messages, and the SFT parquet itself, ours and as published."""
+    wanted = sorted(read_back(prepare_sft(settings(tmp_path), Silent()).path))
+    data = (tmp_path / "dialogues.jsonl").read_bytes()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(data))
+    pq.write_table(pa.Table.from_pylist(DIALOGUES), tmp_path / "c.parquet")
+    for number, (pack, padded) in enumerate([(True, True), (False, True), (True, False)]):
+        cfg = settings(tmp_path, out=tmp_path / f"d{number}.parquet", pack=pack, padded=padded)
+        prepare_sft(cfg, Silent())
+    for name in ("a.jsonl.gz", "b.jsonl.zst", "c.parquet", "d0.parquet", "d1.parquet"):
+        cfg = settings(tmp_path, data=tmp_path / name, out=tmp_path / "again.parquet")
+        report = prepare_sft(cfg, Silent())
+        assert sorted(read_back(report.path)) == wanted, name
+        assert report.num_dialogues == 60
+
+
+def test_padded_rows_are_those_of_the_published_sets(tmp_path: Path) -> None:
+    pad = TOKENIZER.pad_token_id
+    prepare_sft(settings(tmp_path, padded=True), Silent())
+    table = pq.read_table(tmp_path / "sft.parquet")
+    names = ["token_ids", "labels", "position_ids", "length", "attention_mask", "type"]
+    assert table.column_names == [*names, "num_samples", "sample_lengths"]
+    for row in table.to_pylist():
+        used, rest = row["length"], 128 - row["length"]
+        assert len(row["token_ids"]) == len(row["labels"]) == 128
+        assert row["token_ids"][used:] == [pad] * rest
+        assert row["labels"][used:] == [-100] * rest
+        assert row["attention_mask"] == [1] * used + [0] * rest
+        assert row["num_samples"] == len(row["sample_lengths"])
+        counted = [i for size in row["sample_lengths"] for i in range(size)]
+        assert row["position_ids"] == counted + [0] * rest
+    prepare_sft(settings(tmp_path, padded=True, pack=False), Silent())
+    table = pq.read_table(tmp_path / "sft.parquet")
+    assert table.column_names == names
+    assert all(row["position_ids"] == list(range(128)) for row in table.to_pylist())
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path, small_folder: Path) -> None:
+    prepare_sft(settings(tmp_path), Silent())
+    cfg = settings(tmp_path, data=tmp_path / "sft.parquet", out=tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="was made with tokenizer"):
+        prepare_sft(dataclasses.replace(cfg, tokenizer=small_folder), Silent())
+
+
+def test_the_result_is_no_input_of_the_next_run(tmp_path: Path) -> None:
+    cfg = settings(tmp_path)
+    first = prepare_sft(dataclasses.replace(cfg, data=tmp_path), Silent())
+    again = prepare_sft(dataclasses.replace(cfg, data=tmp_path), Silent())
+    assert first.num_read == again.num_read == 60
+
+
+def test_any_number_of_processes_and_either_library_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks end in the middle of lines, in the middle of Chinese letters."""
+    monkeypatch.setattr(sft_scan, "_CHUNK_BYTES", 997)
+    monkeypatch.setattr(sft_encode, "_JOB_BYTES", 5_000)
+    items = [dialogue(f"问题{i}：春眠不觉晓" * (1 + i % 7), "处处闻啼鸟。") for i in range(300)]
+    results = []
+    for workers, backend in ((1, "tokenizers"), (2, "tokenizers"), (1, "gigatoken")):
+        cfg = settings(tmp_path, items, workers=workers, backend=backend, max_dialogues=100)
+        results.append((prepare_sft(cfg, Silent()), cfg.out.read_bytes()))
+    assert results[0][1] == results[1][1] == results[2][1]
+    assert results[0][0].num_read == 300
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft_encode, "_JOB_BYTES", 500)
+    cfg = settings(tmp_path, out=tmp_path / "whole.parquet", workers=1)
+    prepare_sft(cfg, Silent())
+    counts: list[int] = []
+    real = sft_encode._encode
+
+    def stop_after(limit: int) -> None:
+        def encode(job: Any) -> Any:
+            counts.append(len(job.offsets))
+            if len(counts) > limit:
+                raise KeyboardInterrupt
+            return real(job)
+
+        counts.clear()
+        monkeypatch.setattr(sft_encode, "_encode", encode)
+
+    cfg = dataclasses.replace(cfg, out=tmp_path / "broken.parquet")
+    for _ in range(2):
+        stop_after(4)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_sft(cfg, Silent())
+        assert not cfg.out.exists()
+    stop_after(10_000)
+    prepare_sft(cfg, Silent())
+    assert sum(counts) < 50  # of 60
+    assert cfg.out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert not (tmp_path / "broken.parquet.work").exists()
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    """kill -9 of the whole process, in the middle of encoding."""
+    cfg = settings(tmp_path, DIALOGUES * 50, out=tmp_path / "whole.parquet")
+    prepare_sft(cfg, Silent())
+    out = tmp_path / "killed.parquet"
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from minillm.data import sft, sft_encode\n"
+        "from minillm.log import Silent\n"
+        "from minillm.settings import IdentityConfig, PrepareSftConfig\n"
+        "sft_encode._MARK_EVERY_S, sft_encode._JOB_BYTES = 0.0, 4_000\n"
+        "real, count = sft_encode._encode, 0\n"
+        "def encode(job):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    return os.kill(os.getpid(), signal.SIGKILL) if count > 20 else real(job)\n"
+        "sft_encode._encode = encode\n"
+        f"sft.prepare_sft(PrepareSftConfig(data=Path({str(cfg.data)!r}), workers=1,\n"
+        f"    out=Path({str(out)!r}), tokenizer=Path({str(FOLDER)!r}), sequence_length=128,\n"
+        "    persona=IdentityConfig(identity=False)), Silent())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    mark = json.loads((tmp_path / "killed.parquet.work" / "log.json").read_bytes())
+    assert 0 < mark["dialogues"] < 3000
+    prepare_sft(dataclasses.replace(cfg, out=out), Silent())
+    assert out.read_bytes() == cfg.out.read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("killed*")) == ["killed.parquet"]
+
+
+def test_a_log_of_other_settings_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sft_encode, "_JOB_BYTES", 500)
+    cfg = settings(tmp_path, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minillm.data.sft.write_rows", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_sft(cfg, Silent())
+    assert (tmp_path / "sft.parquet.work").exists()
+    report = prepare_sft(dataclasses.replace(cfg, min_tokens=30), Silent())
+    assert report.num_too_short == sum(
+        len(TOKENIZER.apply_chat_template(d["messages"], return_dict=False)) < 30 for d in DIALOGUES
+    )
+
+
+def test_tokenizers_takes_over_where_gigatoken_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minillm.data import encoder
+
+    prepare_sft(settings(tmp_path, out=tmp_path / "slow.parquet", backend="tokenizers"), Silent())
+    real = encoder.Encoder.encode
+
+    def differ(self: Any, texts: Any) -> Any:
+        if self._plan.is_fast:
+            raise encoder.Mismatch("different")
+        return real(self, texts)
+
+    monkeypatch.setattr(encoder.Encoder, "encode", differ)
+    sft_encode._load_encoder.cache_clear()
+    prepare_sft(settings(tmp_path, backend="gigatoken"), Silent())
+    assert (tmp_path / "sft.parquet").read_bytes() == (tmp_path / "slow.parquet").read_bytes()
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
@@ -172,9 +403,30 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         prepare_sft(PrepareSftConfig(data=tmp_path / "nowhere"), Silent())
 
 
+def test_a_parquet_of_plain_text_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="has no column `messages`"):
+        prepare_sft(settings(tmp_path, data=tmp_path / "x.parquet"), Silent())
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(InputError, match="not a readable parquet"):
+        prepare_sft(settings(tmp_path, data=tmp_path / "x.parquet"), Silent())
+
+
 def test_the_bundled_dialogues_fill_their_rows(tmp_path: Path) -> None:
     out = tmp_path / "sft.parquet"
-    report = prepare_sft(PrepareSftConfig(out=out, tokenizer=Path("bundled")), Silent())
+    cfg = PrepareSftConfig(out=out, tokenizer=Path("bundled"), charts=False)
+    report = prepare_sft(cfg, Silent())
     assert report.fill >= 0.98
     assert report.num_too_long == 0
     assert report.num_tokens / report.num_dialogues < 80
+    assert report.num_identity > 2000
+
+
+def test_own_dialogues_get_200_identity_dialogues_of_every_kind(tmp_path: Path) -> None:
+    report = prepare_sft(
+        settings(tmp_path, persona=IdentityConfig(), sequence_length=999), Silent()
+    )
+    assert report.by_type["identity"] == report.num_identity == 200
+    texts = "".join(read_back(report.path))
+    assert "minillm 项目" in texts
+    assert "the minillm project" in texts
