@@ -15,11 +15,16 @@ PART_SUFFIX = ".part"
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, mode: str = "wb", *, is_durable: bool = True) -> Iterator[IO[bytes]]:
     """Open a temporary file that becomes `path` only if the block succeeds.
 
     The bytes are fsynced before the rename, so after a power cut `path` is the old or the new
     file, never half of one. If the block raises, the temporary file is removed.
+
+    Args:
+        path: The file to make.
+        mode: As for `open`.
+        is_durable: False spares the fsync, where a hash will find what a power cut damaged.
 
     Raises:
         SetupError: The disk is full or the folder cannot be written.
@@ -31,16 +36,18 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[bytes]]:
             with part.open(mode) as stream:
                 yield stream
                 stream.flush()
-                os.fsync(stream.fileno())
+                if is_durable:
+                    os.fsync(stream.fileno())
             part.replace(path)
-            fsync_folder(path.parent)
+            if is_durable:
+                fsync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, is_durable: bool = True) -> None:
     """Write UTF-8 text atomically."""
-    with atomic_write(path) as stream:
+    with atomic_write(path, is_durable=is_durable) as stream:
         stream.write(text.encode("utf-8"))
 
 

@@ -117,10 +117,11 @@ class Manifest:
             raise InputError(f"`{path}` is not a manifest: wrong types", hint=hint)
         return dataclasses.replace(found, sources=tuple(found.sources))
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path, *, is_durable: bool = True) -> None:
         """Write the manifest atomically."""
         tree = dataclasses.asdict(self)
-        write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+        write_text(path, text, is_durable=is_durable)
 
 
 def manifest_path(path: Path) -> Path:
@@ -135,10 +136,19 @@ class BinWriter:
         path: The .bin.
         facts: The tokenizer's facts.
         sources: Where the text came from.
+        is_durable: False where the sha256 will be checked before the file is used.
     """
 
-    def __init__(self, path: Path, facts: TokenizerFacts, sources: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        facts: TokenizerFacts,
+        sources: Sequence[str] = (),
+        *,
+        is_durable: bool = True,
+    ) -> None:
         self.path, self._facts, self._sources = path, facts, tuple(sources)
+        self._is_durable = is_durable
         self._dtype = np.dtype(facts.dtype).newbyteorder("<")
         self._hash = hashlib.sha256()
         self._buffer = bytearray()
@@ -147,7 +157,9 @@ class BinWriter:
 
     def __enter__(self) -> Self:
         self._stack = contextlib.ExitStack()
-        self._stream: IO[bytes] = self._stack.enter_context(atomic_write(self.path))
+        self._stream: IO[bytes] = self._stack.enter_context(
+            atomic_write(self.path, is_durable=self._is_durable)
+        )
         return self
 
     def __exit__(
@@ -173,7 +185,7 @@ class BinWriter:
             sha256=self._hash.hexdigest(),
             sources=self._sources,
         )
-        self.manifest.write(manifest_path(self.path))
+        self.manifest.write(manifest_path(self.path), is_durable=self._is_durable)
 
     def append(self, ids: Ids, text_bytes: int) -> None:
         """Add one document; the separator is put after it.

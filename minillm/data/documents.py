@@ -1,7 +1,7 @@
 """Documents from parquet, JSON lines and text files, in batches, in flat memory and sorted order.
 
-    .parquet                     one document per row of the text column
-    .jsonl  .jsonl.gz  .jsonl.zst    one JSON object per line, the text under one key
+    .parquet                     one document per row: the text column, or a recipe of several
+    .jsonl  .jsonl.gz  .jsonl.zst    one JSON object per line, the text under one key, or several
     .txt  .txt.gz  .txt.zst      documents are separated by one or more blank lines
 
 Documents without any visible character are skipped. A line of a text file is never split, so a
@@ -20,11 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from minillm.data.recipes import Recipe
 from minillm.errors import InputError
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARS = 1 << 20
 _KINDS = ("parquet", "jsonl", "txt")
+
+TEXT = Recipe.of_column("text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ def read_batches(files: list[Path], text_column: str = "text") -> Iterator[Batch
     """
     num_documents = 0
     for file in files:
-        for batch in read_file(file, text_column):
+        for batch in read_file(file, Recipe.of_column(text_column)):
             num_documents += len(batch.texts)
             yield batch
     if num_documents == 0:
@@ -95,20 +98,24 @@ def read_batches(files: list[Path], text_column: str = "text") -> Iterator[Batch
         )
 
 
-def read_file(file: Path, text_column: str = "text") -> Iterator[Batch]:
+def read_file(file: Path, recipe: Recipe = TEXT) -> Iterator[Batch]:
     """Yield the documents of one file; batches may be empty, and there may be none.
 
+    Args:
+        file: As `find_files` gives it.
+        recipe: What of a row makes a document; a text file has no columns, and ignores it.
+
     Raises:
-        InputError: The file is broken or lacks the column.
+        InputError: The file is broken or lacks a column.
     """
     kind = _kind(file)
     if kind == "parquet":
-        yield from _read_parquet(file, text_column)
+        yield from _read_parquet(file, recipe)
         return
     read = _read_txt if kind == "txt" else _read_jsonl
     with file.open("rb") as raw:
         position = 0
-        for texts in _pack(read(file, read_lines(file, raw), text_column)):
+        for texts in _pack(read(file, read_lines(file, raw), recipe)):
             yield Batch(texts, raw.tell() - position)
             position = raw.tell()
         yield Batch([], file.stat().st_size - position)
@@ -133,8 +140,8 @@ def _kind(file: Path) -> str | None:
     return kind
 
 
-def open_parquet(file: Path, column: str) -> pq.ParquetFile:
-    """Open a parquet file for streaming and check that `column` holds strings.
+def open_parquet(file: Path, *columns: str) -> pq.ParquetFile:
+    """Open a parquet file for streaming and check that each of `columns` holds strings.
 
     Raises:
         InputError: It is not parquet, or has no such column of text.
@@ -144,16 +151,17 @@ def open_parquet(file: Path, column: str) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as err:
         raise _broken(file, err) from err
     names = opened.schema_arrow.names
-    if column not in names:
-        raise _missing(str(file), column, names)
-    found = opened.schema_arrow.field(column).type
-    if pa.types.is_dictionary(found):
-        found = found.value_type
-    if not (pa.types.is_string(found) or pa.types.is_large_string(found)):
-        raise InputError(
-            f"column `{column}` of `{file}` holds {found}, not text",
-            hint=f"name the column of text, one of {_quoted(names)}: `--text-column NAME`",
-        )
+    for column in columns:
+        if column not in names:
+            raise _missing(str(file), column, names)
+        found = opened.schema_arrow.field(column).type
+        if pa.types.is_dictionary(found):
+            found = found.value_type
+        if not (pa.types.is_string(found) or pa.types.is_large_string(found)):
+            raise InputError(
+                f"column `{column}` of `{file}` holds {found}, not text",
+                hint=f"name the column of text, one of {_quoted(names)}: `--text-column NAME`",
+            )
     return opened
 
 
@@ -172,12 +180,25 @@ def iter_parquet(
         raise _broken(file, err) from err
 
 
-def _read_parquet(file: Path, column: str) -> Iterator[Batch]:
-    with open_parquet(file, column) as opened:
+def _read_parquet(file: Path, recipe: Recipe) -> Iterator[Batch]:
+    needed = [column for column in recipe.columns if column not in recipe.optional]
+    with open_parquet(file, *needed) as opened:
+        names = opened.schema_arrow.names
+        columns = [column for column in dict.fromkeys(recipe.columns) if column in names]
+        if not columns:
+            raise _missing(str(file), recipe.columns[0], names)
         bytes_per_row = file.stat().st_size / max(1, opened.metadata.num_rows)
-        for rows in iter_parquet(opened, file, [column]):
-            texts = [text for text in rows[column] if text and not text.isspace()]
-            yield Batch(texts, len(rows[column]) * bytes_per_row)
+        for rows in iter_parquet(opened, file, columns):
+            values = [rows[column] for column in columns]
+            if recipe.is_plain:
+                texts: Iterable[str | None] = values[0]
+            else:
+                texts = (
+                    recipe.join(dict(zip(columns, r, strict=True)))
+                    for r in zip(*values, strict=True)
+                )
+            kept = [text for text in texts if text and not text.isspace()]
+            yield Batch(kept, len(values[0]) * bytes_per_row)
 
 
 def read_lines(file: Path, raw: IO[bytes]) -> Iterator[tuple[int, str]]:
@@ -221,7 +242,7 @@ def _zstd_lines(raw: IO[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def _read_jsonl(file: Path, lines: Iterator[tuple[int, str]], key: str) -> Iterator[str]:
+def _read_jsonl(file: Path, lines: Iterator[tuple[int, str]], recipe: Recipe) -> Iterator[str]:
     for number, line in lines:
         if not line or line.isspace():
             continue
@@ -235,19 +256,9 @@ def _read_jsonl(file: Path, lines: Iterator[tuple[int, str]], key: str) -> Itera
         if not isinstance(item, dict):
             raise InputError(
                 f"{where}: a JSON object is wanted, not {type(item).__name__}",
-                hint=f'write one `{{"{key}": …}}` per line',
+                hint=f'write one `{{"{recipe.columns[0]}": …}}` per line',
             )
-        if key not in item:
-            raise _missing(where, key, list(item))
-        text = item[key]
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise InputError(
-                f"{where}: `{key}` holds {type(text).__name__}, not text",
-                hint=f"name the key of the text, one of {_quoted(list(item))}: "
-                "`--text-column NAME`",
-            )
+        text = _text_of(item, recipe, where)
         if not text.isascii() and not _is_unicode(text):
             raise InputError(
                 f"{where}: the text holds half a surrogate pair (`\\ud800` to `\\udfff`), "
@@ -255,6 +266,26 @@ def _read_jsonl(file: Path, lines: Iterator[tuple[int, str]], key: str) -> Itera
                 hint=f"look at it: `sed -n {number}p {file}`",
             )
         yield text
+
+
+def _text_of(item: dict[str, object], recipe: Recipe, where: str) -> str:
+    row: dict[str, str | None] = {}
+    for key in recipe.columns:
+        value = item.get(key)
+        if value is None:
+            if key not in item and key not in recipe.optional:
+                raise _missing(where, key, list(item))
+        elif isinstance(value, str):
+            row[key] = value
+        else:
+            raise InputError(
+                f"{where}: `{key}` holds {type(value).__name__}, not text",
+                hint=f"name the key of the text, one of {_quoted(list(item))}: "
+                "`--text-column NAME`",
+            )
+    if not row and not any(key in item for key in recipe.columns):
+        raise _missing(where, recipe.columns[0], list(item))
+    return (row.get(recipe.columns[0]) or "") if recipe.is_plain else recipe.join(row)
 
 
 def _is_unicode(text: str) -> bool:
@@ -265,7 +296,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _read_txt(_file: Path, lines: Iterator[tuple[int, str]], _key: str) -> Iterator[str]:
+def _read_txt(_file: Path, lines: Iterator[tuple[int, str]], _recipe: Recipe) -> Iterator[str]:
     block: list[str] = []
     for _, line in lines:
         if line and not line.isspace():

@@ -1,20 +1,25 @@
 """Merge token files into one, by the kernel's own copy where the system has one.
 
-The bytes go from file to file without passing through Python; afterwards the result is read once,
-which yields its sha256 and proves each part against its manifest. Nothing is left of a merge that
-did not end. The price: the disk holds parts and whole at the same time.
+The bytes go from file to file without passing through Python. While they do, threads read them
+from the page cache and compute the sha256 of each part, which must be its manifest's, and that of
+the whole; the length of the result is checked too. Nothing is left of a merge that did not end.
+
+The price: the disk holds parts and whole at the same time, and what the disk itself damages while
+writing shows when the file is next opened with `verify`, not here.
 """
 
 import dataclasses
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 from minillm import paths
 from minillm.data.binfile import Manifest, TokenFile, manifest_path
+from minillm.data.shuffle import shuffle_documents
 from minillm.data.tokenizer import load_tokenizer, resolve_tokenizer
 from minillm.errors import InputError
 from minillm.files import atomic_write, require_free_space
@@ -38,7 +43,10 @@ def merge_bin(cfg: MergeBinConfig, progress: Progress | None = None) -> Manifest
     if cfg.tokenizer is not None:
         tokenizer = load_tokenizer(resolve_tokenizer(cfg.tokenizer))
     inputs = [TokenFile.open(path, tokenizer=tokenizer) for path in _find_inputs(cfg)]
-    return merge_files(inputs, cfg.out, progress)
+    if not cfg.shuffle_documents:
+        return merge_files(inputs, cfg.out, progress)
+    require_alike(inputs)
+    return shuffle_documents(inputs, cfg.out, cfg.seed, progress)
 
 
 def _find_inputs(cfg: MergeBinConfig) -> list[Path]:
@@ -78,13 +86,19 @@ def merge_files(
         SetupError: The disk has no room.
     """
     progress = progress or Silent()
-    _require_alike(inputs)
+    require_alike(inputs)
     size_bytes = sum(part.manifest.size_bytes for part in inputs)
     require_free_space(out.parent, size_bytes, f"`{out.name}`")
-    with task(progress, f"merge {out.name}", size_bytes, "bytes"), atomic_write(out, "w+b") as to:
+    with (
+        task(progress, f"merge {out.name}", size_bytes, "bytes"),
+        atomic_write(out) as to,
+        _Hashing(inputs) as hashing,
+    ):
         for part in inputs:
             _copy(part, to, progress)
-        sha256 = _prove(inputs, to)
+        sha256 = hashing.result()
+        if os.fstat(to.fileno()).st_size != size_bytes:
+            raise _changed(inputs[-1])
         manifest_path(out).unlink(missing_ok=True)  # an old one must not vouch for the new
     given = sources or tuple(dict.fromkeys(s for part in inputs for s in part.manifest.sources))
     merged = dataclasses.replace(
@@ -100,7 +114,8 @@ def merge_files(
     return merged
 
 
-def _require_alike(inputs: list[TokenFile]) -> None:
+def require_alike(inputs: list[TokenFile]) -> None:
+    """Raise InputError unless all files are of one tokenizer and one dtype."""
     first = inputs[0]
     for other in inputs[1:]:
         a, b = first.manifest, other.manifest
@@ -118,27 +133,71 @@ def _require_alike(inputs: list[TokenFile]) -> None:
             )
 
 
-def _prove(inputs: list[TokenFile], merged: IO[bytes]) -> str:
-    """Read the merged file once, compare each part with its manifest, and return the sha256."""
-    whole = hashlib.sha256()
-    merged.seek(0)
-    for part in inputs:
-        own = hashlib.sha256()
+class _Hashing:
+    """Hashes parts and whole in threads of its own, for as long as the block runs.
+
+    A thread hashes the whole; another each part but the first, whose hash is that of the whole at
+    its end. hashlib lets the other threads run meanwhile.
+    """
+
+    def __init__(self, inputs: list[TokenFile]) -> None:
+        self._inputs = inputs
+        self._is_over = False
+
+    def __enter__(self) -> "_Hashing":
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="sha256")
+        self._whole: Future[str] = self._pool.submit(self._hash_whole)
+        self._parts = self._pool.submit(self._hash_parts)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def result(self) -> str:
+        """Return the sha256 of the whole.
+
+        Raises:
+            InputError: A part is not what its manifest says.
+        """
+        self._parts.result()
+        return self._whole.result()
+
+    def _hash_whole(self) -> str:
+        whole = hashlib.sha256()
+        for part in self._inputs:
+            for piece in self._pieces(part):
+                whole.update(piece)
+            if part is self._inputs[0]:
+                _require_sha256(part, whole.copy().hexdigest())
+        return whole.hexdigest()
+
+    def _hash_parts(self) -> None:
+        for part in self._inputs[1:]:
+            own = hashlib.sha256()
+            for piece in self._pieces(part):
+                own.update(piece)
+            _require_sha256(part, own.hexdigest())
+
+    def _pieces(self, part: TokenFile) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(_HASH_BYTES))
         left = part.manifest.size_bytes
-        while left:
-            piece = merged.read(min(left, _HASH_BYTES))
-            if not piece:
-                raise _changed(part)
-            own.update(piece)
-            whole.update(piece)
-            left -= len(piece)
-        if own.hexdigest() != part.manifest.sha256:
-            raise InputError(
-                f"`{part.path}` has sha256 {own.hexdigest()[:12]}…, its manifest says "
-                f"{part.manifest.sha256[:12]}…",
-                hint="make it again with `minillm tokenize`",
-            )
-    return whole.hexdigest()
+        with part.path.open("rb", buffering=0) as source:
+            while left and not self._is_over:
+                count = source.readinto(buffer[: min(left, _HASH_BYTES)])
+                if not count:
+                    raise _changed(part)
+                yield buffer[:count]
+                left -= count
+
+
+def _require_sha256(part: TokenFile, found: str) -> None:
+    if found != part.manifest.sha256:
+        raise InputError(
+            f"`{part.path}` has sha256 {found[:12]}…, its manifest says "
+            f"{part.manifest.sha256[:12]}…",
+            hint="make it again with `minillm tokenize`",
+        )
 
 
 def _copy(part: TokenFile, to: IO[bytes], progress: Progress) -> None:

@@ -11,16 +11,9 @@ are hashed first, and the disk holds a token file twice for a moment.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
-import math
-import multiprocessing
-import os
 import shutil
-import signal
-import sys
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,22 +21,27 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from minillm import paths
-from minillm.data.binfile import BinWriter, Manifest, TokenFile, TokenizerFacts, manifest_path
+from minillm.data.binfile import Manifest, TokenFile, TokenizerFacts, manifest_path
 from minillm.data.documents import find_files, read_file, stem_of, total_bytes
+from minillm.data.encoder import Encoder, EncoderPlan, Mismatch, plan_encoder
 from minillm.data.merge import merge_files
-from minillm.data.tokenizer import load_tokenizer, plain_encoder, resolve_tokenizer
-from minillm.errors import InputError, RunError
+from minillm.data.recipes import Recipe, find_recipe
+from minillm.data.tokenizer import load_tokenizer, plain_json, resolve_tokenizer
+from minillm.data.workers import (
+    count_workers,
+    encode_shard,
+    encode_shard_in_worker,
+    worker_died,
+    worker_pool,
+)
+from minillm.errors import InputError
 from minillm.files import folder_lock, sha256_file, write_text
 from minillm.log import Progress, Silent, logger, task
 from minillm.settings import TokenizeConfig
 
 _SHARD_CHARS = 2_000_000  # about 4 MB of mixed text, a second or two of work
-_BATCH_DOCUMENTS = 256
 _QUEUE_PER_WORKER = 2
-_WORKER_BYTES = 4_000_000  # a worker takes seconds to start: not for less input than this
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +74,17 @@ def tokenize(cfg: TokenizeConfig, progress: Progress | None = None) -> list[Toke
         InputError: Inputs or tokenizer are missing or broken, or hold no text.
         RunError: A worker died, or another process makes the same file.
     """
-    progress = progress or Silent()
+    recipe = find_recipe(cfg)
     jobs = plan_jobs(cfg)
-    folder = resolve_tokenizer(cfg.tokenizer)
-    maker = _Maker(cfg, folder, TokenizerFacts.of(load_tokenizer(folder)), progress)
-    reports = maker.run(jobs)
+    tokenizer = load_tokenizer(resolve_tokenizer(cfg.tokenizer))
+    facts, tree = TokenizerFacts.of(tokenizer), plain_json(tokenizer)
+    maker = _Maker(recipe, facts, tree, cfg, progress or Silent())
+    try:
+        reports = maker.run(jobs, cfg.backend)
+    except Mismatch as err:
+        logger.warning("beginning anew with tokenizers, for gigatoken will not do: %s", err)
+        maker.forget()
+        reports = maker.run(jobs, "tokenizers")
     if not reports:
         raise InputError(
             f"no document with any text in `{cfg.data}`",
@@ -92,8 +96,9 @@ def tokenize(cfg: TokenizeConfig, progress: Progress | None = None) -> list[Toke
 def plan_jobs(cfg: TokenizeConfig) -> list[Job]:
     """Decide which token files to make of what.
 
-    All input goes to one file if it is the bundled corpus or a name is given; else each input file
-    gets its own, called after its stem, or after its whole path where two stems are the same.
+    All input goes to one file if it is the bundled corpus, or a name is given or the recipe has
+    one; else each input file gets its own, called after its stem, or after its whole path where
+    two stems are the same.
     """
     if cfg.data == paths.RAW and not cfg.data.exists():
         raise InputError(
@@ -105,7 +110,7 @@ def plan_jobs(cfg: TokenizeConfig) -> list[Job]:
     files = find_files(place)
     root = place.parent if place.is_file() else place
     sources = [file.relative_to(root).as_posix() for file in files]
-    name = cfg.name.removesuffix(".bin")
+    name = cfg.name.removesuffix(".bin") or find_recipe(cfg).name
     name = name or (paths.BUNDLED if cfg.data.as_posix() == paths.BUNDLED else "")
     if name:
         return [Job(cfg.out / f"{name}.bin", tuple(files), tuple(sources))]
@@ -129,13 +134,24 @@ class _Maker:
     """Runs the jobs one after the other, with shards of several of them under way."""
 
     def __init__(
-        self, cfg: TokenizeConfig, tokenizer: Path, facts: TokenizerFacts, progress: Progress
+        self,
+        recipe: Recipe,
+        facts: TokenizerFacts,
+        tree: str,
+        cfg: TokenizeConfig,
+        progress: Progress,
     ) -> None:
-        self._cfg, self._tokenizer, self._facts = cfg, tokenizer, facts
-        self._progress = progress
+        self._recipe, self._facts, self._tree = recipe, facts, tree
+        self._cfg, self._progress = cfg, progress
+        self._begun: list[Job] = []
         self._reports: list[TokenizeReport] = []
 
-    def run(self, jobs: list[Job]) -> list[TokenizeReport]:
+    def run(self, jobs: list[Job], backend: str) -> list[TokenizeReport]:
+        """Do what is not done yet.
+
+        Raises:
+            Mismatch: gigatoken differs from tokenizers; `forget` what it made.
+        """
         todo: list[tuple[Job, str]] = []
         for job in jobs:
             made_from = self._fingerprint(job)
@@ -145,25 +161,37 @@ class _Maker:
             else:
                 self._reports.append(TokenizeReport(job.out, found, is_new=False))
         if todo:
-            self._make(todo)
+            size_bytes = total_bytes([file for job, _ in todo for file in job.files])
+            self._make(todo, plan_encoder(self._tree, backend, size_bytes), size_bytes)
         return self._reports
 
-    def _make(self, todo: list[tuple[Job, str]]) -> None:
-        files = [file for job, _ in todo for file in job.files]
-        workers = self._cfg.workers or _count_workers(total_bytes(files))
+    def forget(self) -> None:
+        """Remove everything that the run has made so far, and shards that it went on from."""
+        for job in self._begun:
+            shutil.rmtree(job.work, ignore_errors=True)
+        for report in self._reports:
+            if report.is_new:
+                manifest_path(report.path).unlink()
+                report.path.unlink()
+        self._begun, self._reports = [], []
+
+    def _make(self, todo: list[tuple[Job, str]], plan: EncoderPlan, size_bytes: int) -> None:
+        workers = self._cfg.workers or count_workers(size_bytes)
+        self._encoder = Encoder(plan) if workers == 1 else None
         with (
             contextlib.ExitStack() as locks,
-            _pool(workers) as pool,
-            task(self._progress, "tokenize", total_bytes(files), "bytes"),
+            worker_pool(workers, plan) as pool,
+            task(self._progress, "tokenize", size_bytes, "bytes"),
         ):
             waiting: deque[_Pending] = deque()
             for job, made_from in todo:
                 lock = locks.enter_context(contextlib.ExitStack())
                 lock.enter_context(_folder_if_used(job.work))
                 lock.enter_context(folder_lock(job.work))
+                self._begun.append(job)
                 _prepare_work(job, made_from)
                 last = _Pending(job, made_from, lock=lock)
-                for index, (texts, read_bytes) in enumerate(_shards(job, self._cfg.text_column)):
+                for index, (texts, read_bytes) in enumerate(_shards(job, self._recipe)):
                     shard = job.work / f"shard-{index:06d}.bin"
                     last.shards.append(shard)
                     future = self._submit(pool, texts, shard)
@@ -180,12 +208,13 @@ class _Maker:
         if _is_whole(shard):
             return None
         if pool is None:
-            encode_shard(self._tokenizer, self._facts, texts, shard)
+            assert self._encoder is not None
+            encode_shard(self._encoder, self._facts, texts, shard)
             return None
         try:
-            return pool.submit(encode_shard, self._tokenizer, self._facts, texts, shard)
+            return pool.submit(encode_shard_in_worker, self._facts, texts, shard)
         except (BrokenProcessPool, OSError) as err:  # OSError: it died while another was started
-            raise _worker_died() from err
+            raise worker_died() from err
 
     def _settle(self, pending: "_Pending") -> None:
         """Wait for a shard; after the last one of a job, put its token file together."""
@@ -193,7 +222,7 @@ class _Maker:
             try:
                 pending.future.result()
             except BrokenProcessPool as err:
-                raise _worker_died() from err
+                raise worker_died() from err
         self._progress.advance(pending.read_bytes)
         if pending.lock is None:
             return
@@ -210,7 +239,7 @@ class _Maker:
     def _fingerprint(self, job: Job) -> str:
         tree = {
             "shard_chars": _SHARD_CHARS,
-            "text_column": self._cfg.text_column,
+            "recipe": self._recipe.describe(),
             "tokenizer": [self._facts.sha256, self._facts.separator_id],
             "files": [
                 [source, sha256_file(file)]
@@ -242,89 +271,12 @@ def _folder_if_used(work: Path) -> Iterator[None]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def encode_shard(folder: Path, facts: TokenizerFacts, texts: list[str], out: Path) -> None:
-    """Encode texts to a token file; runs in a worker.
-
-    Args:
-        folder: The tokenizer's folder.
-        facts: What it was when the run began.
-        texts: Documents.
-        out: The shard.
-
-    Raises:
-        RunError: The tokenizer was replaced in the meantime.
-    """
-    encoder, found = _load_encoder(folder)
-    if found != facts:
-        raise RunError(
-            f"the tokenizer in `{folder}` changed during the run", hint="run the same command again"
-        )
-    with BinWriter(out, facts) as writer:
-        for begin in range(0, len(texts), _BATCH_DOCUMENTS):
-            batch = texts[begin : begin + _BATCH_DOCUMENTS]
-            for text, encoding in zip(batch, encoder.encode_batch_fast(batch), strict=True):
-                writer.append(encoding.ids, len(text.encode()))
-
-
-@functools.lru_cache(maxsize=1)
-def _load_encoder(folder: Path) -> tuple[Tokenizer, TokenizerFacts]:
-    tokenizer = load_tokenizer(folder)
-    return plain_encoder(tokenizer), TokenizerFacts.of(tokenizer)
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Worker processes; none for one worker, whose work is done in this process."""
-    if workers == 1:
-        yield None
-        return
-    context = multiprocessing.get_context("spawn")  # a fork would copy threads and their locks
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
-    # all workers start with the first task. One that starts later may not be watched, or be left
-    # behind when the pool breaks, and then the pool waits for it for ever
-    pool._safe_to_dynamically_spawn_children = False  # type: ignore[attr-defined]
-    try:
-        yield pool
-    finally:
-        if getattr(pool, "_broken", False) and sys.version_info < (3, 11, 5):
-            # there the pool of a dead worker waits for ever for a thread that is writing to a full
-            # pipe which nobody reads any more (CPython issue 94777)
-            pool._call_queue._reader.close()  # type: ignore[attr-defined]
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers: they watch it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _count_workers(size_bytes: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores or 1, math.ceil(size_bytes / _WORKER_BYTES)))
-
-
-def _worker_died() -> RunError:
-    return RunError(
-        "a worker process died; the system may have killed it for lack of memory",
-        hint="run the same command again with `--workers 1`: what is finished is kept",
-    )
-
-
-def _shards(job: Job, column: str) -> Iterator[tuple[list[str], float]]:
+def _shards(job: Job, recipe: Recipe) -> Iterator[tuple[list[str], float]]:
     """Yield documents in groups of bounded size, with the bytes of input that were read."""
     texts: list[str] = []
     num_chars, read_bytes = 0, 0.0
     for file in job.files:
-        for batch in read_file(file, column):
+        for batch in read_file(file, recipe):
             read_bytes += batch.read_bytes
             for text in batch.texts:
                 texts.append(text)

@@ -4,6 +4,9 @@ A folder holds `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinj
 transformers' `AutoTokenizer`. The pre-tokenizer is Qwen2's, which llama.cpp knows by name, without
 Qwen2's NFC normalizer: decoding an encoded text gives back the very same text. The price: a
 letter written in two code points (`e` + accent) is not the token of the one-code-point form.
+
+transformers is imported where a tokenizer is loaded, not before: `merge-bin` and the workers of
+`tokenize` do without it, and without its 60 MB and most of a second.
 """
 
 import hashlib
@@ -11,16 +14,18 @@ import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from minillm import paths
 from minillm.errors import InputError
 from minillm.files import write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PAD = "<|endoftext|>"
 SEPARATOR = "<|im_end|>"
@@ -37,13 +42,15 @@ MAX_LENGTH = 32_768
 _NOT_HASHED = ("truncation", "padding", "post_processor")
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     """Load a tokenizer folder; gives it the chat template and `<|im_end|>` as eos if it has none.
 
     Raises:
         InputError: No such folder, no `tokenizer.json` in it, or a broken one.
     """
     _read_json(_json_path(path))
+    from transformers import PreTrainedTokenizerFast
+
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
             path, local_files_only=True
@@ -98,7 +105,7 @@ def find_tokenizer(fp: str, near: Iterable[Path] = ()) -> Path:
     )
 
 
-def fingerprint(source: Path | PreTrainedTokenizerFast) -> str:
+def fingerprint(source: "Path | PreTrainedTokenizerFast") -> str:
     """Return the sha256 of what a tokenizer does to text, in hex.
 
     It is taken over `tokenizer.json` in canonical form: sorted keys, no white space, UTF-8, merges
@@ -142,7 +149,7 @@ def _prune(value: Any) -> Any:
     return [_prune(item) for item in value] if isinstance(value, list) else value
 
 
-def find_separator(tokenizer: PreTrainedTokenizerFast) -> int:
+def find_separator(tokenizer: "PreTrainedTokenizerFast") -> int:
     """Return the id that ends a document: `<|im_end|>`, or the eos of a foreign tokenizer.
 
     Raises:
@@ -157,18 +164,23 @@ def find_separator(tokenizer: PreTrainedTokenizerFast) -> int:
     return int(found)
 
 
-def plain_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def plain_encoder(tokenizer: "PreTrainedTokenizerFast") -> Tokenizer:
     """Return an encoder that reads `<|im_end|>` and its like as ordinary characters.
 
     For text that nobody vouches for: no document and no user can write a control token.
     """
-    tree = json.loads(tokenizer.backend_tokenizer.to_str())
-    tree |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    encoder: Tokenizer = Tokenizer.from_str(json.dumps(tree))
+    encoder: Tokenizer = Tokenizer.from_str(plain_json(tokenizer))
     return encoder
 
 
-def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int32]:
+def plain_json(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return the `tokenizer.json` of `plain_encoder`."""
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    tree |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    return json.dumps(tree)
+
+
+def token_byte_lengths(tokenizer: "PreTrainedTokenizerFast") -> npt.NDArray[np.int32]:
     """Return how many UTF-8 bytes of text each token stands for; 0 for added tokens.
 
     Returns:
@@ -192,8 +204,10 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int
     return lengths
 
 
-def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+def wrap(backend: Tokenizer) -> "PreTrainedTokenizerFast":
     """Give a trained tokenizer its special tokens and chat template, ready to save."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=SEPARATOR,
@@ -204,7 +218,7 @@ def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
     """Write a tokenizer folder that transformers 4 and the tools built on it can load too."""
     tokenizer.save_pretrained(folder)
     place = folder / "tokenizer_config.json"

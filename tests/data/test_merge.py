@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import hashlib
 import os
@@ -9,6 +10,7 @@ import pytest
 
 from minillm import paths
 from minillm.data import merge as module
+from minillm.data import shuffle
 from minillm.data.binfile import BinWriter, Manifest, TokenFile, TokenizerFacts, manifest_path
 from minillm.data.merge import merge_bin
 from minillm.errors import InputError, SetupError
@@ -157,3 +159,104 @@ def test_nothing_to_merge_is_an_input_error(
         with pytest.raises(InputError) as caught:
             merge_bin(MergeBinConfig(data=data))
         assert "minillm tokenize" in str(caught.value.hint)
+
+
+def documents_of(path: Path) -> list[tuple[int, ...]]:
+    found: list[list[int]] = [[]]
+    for token in np.fromfile(path, dtype="<u2").tolist():
+        if token == FACTS.separator_id:
+            found.append([])
+        else:
+            found[-1].append(token)
+    assert found.pop() == []
+    return [tuple(ids) for ids in found]
+
+
+def shuffled(tokens: Path, out: Path, seed: int = 0) -> Manifest:
+    return merge_bin(MergeBinConfig(data=tokens, out=out, shuffle_documents=True, seed=seed))
+
+
+def test_shuffling_keeps_every_document_whole_and_repeats_with_its_seed(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(1)
+    write(tokens / "d.bin", [draw.integers(2, 300, n).tolist() for n in draw.integers(0, 90, 900)])
+    plain = merge_bin(MergeBinConfig(data=tokens, out=tmp_path / "plain.bin"))
+    monkeypatch.setattr(shuffle, "_BUCKET_BYTES", 20_000)
+    monkeypatch.setattr(shuffle, "_CHUNK_TOKENS", 1000)
+    made = shuffled(tokens, tmp_path / "out" / "a.bin")
+    before, after = (
+        documents_of(tmp_path / "plain.bin"),
+        documents_of(tmp_path / "out" / "a.bin"),
+    )
+    assert sorted(after) == sorted(before)
+    moved = sum(a != b for a, b in zip(before, after, strict=True))
+    assert moved > 0.9 * len(before)
+    assert TokenFile.open(tmp_path / "out" / "a.bin", verify=True).manifest == made
+    assert dataclasses.replace(made, sha256=plain.sha256) == plain
+    assert shuffled(tokens, tmp_path / "out" / "b.bin") == made
+    assert shuffled(tokens, tmp_path / "out" / "c.bin", seed=1).sha256 != made.sha256
+    names = {"a.bin", "b.bin", "c.bin"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names | {
+        f"{name}.json" for name in names
+    }
+
+
+def test_every_order_of_three_documents_comes_up(tmp_path: Path) -> None:
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    write(folder / "a.bin", [[5], [6]])
+    write(folder / "b.bin", [[7]])
+    seen = set()
+    for seed in range(40):
+        shuffled(folder, tmp_path / "all.bin", seed)
+        seen.add(tuple(documents_of(tmp_path / "all.bin")))
+    assert len(seen) == 6
+
+
+def test_document_starts_beside_a_file_go_before_separators(tmp_path: Path) -> None:
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    write(folder / "a.bin", [[5], [6], [7], [8]])  # 5 1 6 1 7 1 8 1
+    np.array([0, 4], dtype="<u8").tofile(folder / "a.bin.docs")
+    seen = set()
+    for seed in range(20):
+        assert shuffled(folder, tmp_path / "all.bin", seed).num_documents == 2
+        seen.add(tuple(documents_of(tmp_path / "all.bin")))
+    assert seen == {((5,), (6,), (7,), (8,)), ((7,), (8,), (5,), (6,))}
+    for wrong in ([1, 4], [0, 4, 4], [0, 8]):
+        np.array(wrong, dtype="<u8").tofile(folder / "a.bin.docs")
+        with pytest.raises(InputError, match=r"a\.bin\.docs` does not hold the starts"):
+            shuffled(folder, tmp_path / "all.bin")
+
+
+def test_shuffling_refuses_what_merging_refuses(tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "all.bin"
+    raw = bytearray((tokens / "b.bin").read_bytes())
+    raw[2] ^= 1
+    (tokens / "b.bin").write_bytes(raw)
+    with pytest.raises(InputError, match=r"b\.bin` is not what its manifest says"):
+        shuffled(tokens, out)
+    write(tokens / "b.bin", [[1]], TokenizerFacts(vocab_size=300, sha256="e" * 64, separator_id=1))
+    with pytest.raises(InputError, match="was made with tokenizer"):
+        shuffled(tokens, out)
+    manifest = write(tokens / "b.bin", [[7]])
+    (tokens / "b.bin").write_bytes(np.array([7, 8], dtype="<u2").tobytes())
+    digest = hashlib.sha256((tokens / "b.bin").read_bytes()).hexdigest()
+    dataclasses.replace(manifest, sha256=digest).write(manifest_path(tokens / "b.bin"))
+    with pytest.raises(InputError, match="does not end with the separator"):
+        shuffled(tokens, out)
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_each_part_is_checked_against_its_manifest(
+    tokens: Path, tmp_path: Path, place: str
+) -> None:
+    damaged = tokens / ("a.bin" if place == "first" else "c.bin")
+    raw = bytearray(damaged.read_bytes())
+    raw[-3] ^= 1
+    damaged.write_bytes(raw)
+    with pytest.raises(InputError, match=rf"{damaged.name}` has sha256"):
+        merge_bin(MergeBinConfig(data=tokens, out=tmp_path / "out" / "all.bin"))
+    assert list((tmp_path / "out").iterdir()) == []

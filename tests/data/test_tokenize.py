@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import logging
 import multiprocessing
@@ -20,7 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from minillm import paths
 from minillm.data import tokenize as module
 from minillm.data.binfile import TokenFile
-from minillm.data.tokenize import TokenizeReport, _pool, plan_jobs, tokenize
+from minillm.data.encoder import EncoderPlan
+from minillm.data.tokenize import TokenizeReport, plan_jobs, tokenize
+from minillm.data.tokenizer import plain_json
+from minillm.data.workers import worker_pool
 from minillm.errors import InputError, RunError
 from minillm.settings import TokenizeConfig
 
@@ -255,16 +257,6 @@ def test_two_runs_do_not_write_the_same_file(tmp_path: Path) -> None:
         run(tmp_path / "a.jsonl", tmp_path)
 
 
-def test_a_tokenizer_replaced_during_the_run_is_a_run_error(
-    tmp_path: Path, small_folder: Path, small: PreTrainedTokenizerFast
-) -> None:
-    facts = module.TokenizerFacts.of(small)
-    module.encode_shard(small_folder, facts, ["a"], tmp_path / "a.bin")
-    other = dataclasses.replace(facts, sha256="0" * 64)
-    with pytest.raises(RunError, match="changed during the run"):
-        module.encode_shard(small_folder, other, ["a"], tmp_path / "b.bin")
-
-
 def test_a_file_without_text_is_skipped_unless_it_is_all_there_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -288,9 +280,9 @@ def test_without_documents_the_hint_works(tmp_path: Path, monkeypatch: pytest.Mo
     assert not paths.TOKENS.exists()
 
 
-def test_all_workers_start_with_the_first_task() -> None:
+def test_all_workers_start_with_the_first_task(bundled: PreTrainedTokenizerFast) -> None:
     # a late one may die unwatched, or outlive a broken pool, which would then wait for ever
-    with _pool(3) as pool:
+    with worker_pool(3, EncoderPlan(plain_json(bundled), is_fast=False)) as pool:
         assert pool is not None
         pool.submit(time.sleep, 0)
         assert len(multiprocessing.active_children()) == 3
