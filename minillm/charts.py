@@ -51,7 +51,6 @@ def figure(width: float = 9.0, height: float = 5.0) -> Iterator[Figure]:
         "axes.axisbelow": True,
         "grid.alpha": 0.3,
         "axes.unicode_minus": False,
-        "text.parse_math": False,  # a `$` in a name is a dollar
     }
     with mpl.rc_context(style):
         yield Figure(figsize=(width, height), layout="constrained")
@@ -79,7 +78,7 @@ def readable(names: Sequence[str]) -> list[str]:
         is_whole = label == name and label and not label.startswith(("#", "_"))
         if len(label) > _LONGEST_NAME:
             is_whole, label = False, label[: _LONGEST_NAME - 1] + "…"
-        labels.append(label if is_whole else f"#{number} {label}".rstrip())
+        labels.append(_plain(label if is_whole else f"#{number} {label}".rstrip()))
     return labels
 
 
@@ -90,7 +89,12 @@ def can_draw(text: str) -> bool:
 
 def drawable(text: str) -> str:
     """Return `text` with `?` for each letter that would show as a box."""
-    return "".join(letter if can_draw(letter) else "?" for letter in text)
+    return _plain("".join(letter if can_draw(letter) else "?" for letter in text))
+
+
+def _plain(text: str) -> str:
+    """Escape dollars, between which matplotlib sees a formula."""
+    return text.replace("$", r"\$")
 
 
 @cache

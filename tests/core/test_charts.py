@@ -94,7 +94,7 @@ def test_labels_stay_different_and_short(tmp_path: Path) -> None:
     labels = charts.readable(names)
     assert len(set(labels)) == len(names)
     assert max(map(len, labels)) < 40
-    assert labels[2:] == ["#3 #2", "#4 _hidden", "#5", "a$b$c", "#7 xy"]
+    assert labels[2:] == ["#3 #2", "#4 _hidden", "#5", r"a\$b\$c", "#7 xy"]
     draw(tmp_path / "a.png", labels)
 
 
