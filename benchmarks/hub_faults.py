@@ -113,7 +113,7 @@ def killed(client: Client, hub: LoopbackHub, out: Path) -> str:
     hub.forget()
     ended = judge(client, client.start(out, hub), out)
     again = sum(r.sent_bytes for r in hub.bodies() if PATH.split("/")[1] in r.path)
-    return f"{ended}, {again / len(DATA):.0%} of the file sent again"
+    return f"{ended}, {again / len(DATA):.0%} fetched"
 
 
 def damaged(client: Client, hub: LoopbackHub, out: Path) -> str:
@@ -165,7 +165,7 @@ def cells() -> Iterator[tuple[str, Cell]]:
     yield "no fault", plain(lambda _: None)
     for row in ROWS:
         yield row.name, plain(row.arm)
-    yield "killed in mid-file, run again", killed
+    yield "killed at 7/12, run again", killed
     yield "file damaged later, run again", damaged
     yield "disk full in mid-file", full_disk
     yield "hub down, complete copy here", hub_down

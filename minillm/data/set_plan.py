@@ -192,28 +192,32 @@ def _read_listing(path: Path, published: PublishedSet) -> tuple[Place, list[Remo
         ) from err
 
 
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """A file, its line in the ledger, and the digest that it should have."""
+
+    path: str
+    file: Path
+    digest: str
+
+
 def _find_done(item: SetPlan, verify: bool, progress: Progress) -> None:
     """Mark the files that are in place, hashing those that the ledger does not vouch for."""
     if item.published.is_archive:
         archive = item.files[0]
         item.is_unpacked = _is_unpacked(item, archive.remote, verify, progress)
-        archive.is_done = item.is_unpacked or _is_right(
-            item.ledger,
-            archive.remote.path,
-            archive.target,
-            archive.remote.digest,
-            verify,
-            progress,
-        )
+        check = _Check(archive.remote.path, archive.target, archive.remote.digest)
+        archive.is_done = item.is_unpacked or bool(_find_right(item, [check], verify, progress))
         return
+    checks = [
+        _Check(file.remote.path, file.target, file.remote.digest)
+        for file in item.files
+        if file.target.is_file() and file.target.stat().st_size == file.remote.size_bytes
+    ]
+    right = _find_right(item, checks, verify, progress)
     for file in item.files:
-        path, size_bytes = file.remote.path, file.remote.size_bytes
-        file.is_done = (
-            file.target.is_file()
-            and file.target.stat().st_size == size_bytes
-            and _is_right(item.ledger, path, file.target, file.remote.digest, verify, progress)
-        )
-        if not file.is_done and file.target.exists() and item.ledger.find(path) is None:
+        file.is_done = file.remote.path in right
+        if not file.is_done and file.target.exists() and item.ledger.find(file.remote.path) is None:
             raise InputError(
                 f"`{file.target}` is there, but is not the file of set `{item.published.name}`",
                 hint=f"move it away, or choose another folder: `--out {item.state.parents[1]}-2`",
@@ -224,30 +228,29 @@ def _is_unpacked(item: SetPlan, remote: RemoteFile, verify: bool, progress: Prog
     entry = item.ledger.find(unpacked_key(remote))
     if entry is None or entry.digest != remote.digest:
         return False
-    for name in entry.members:
-        member = item.ledger.find(name)
-        target = inside(item.folder, name)
-        if member is None or not _is_right(
-            item.ledger, name, target, member.digest, verify, progress
-        ):
-            return False
-    return True
+    known = [(name, item.ledger.find(name)) for name in entry.members]
+    checks = [_Check(name, inside(item.folder, name), line.digest) for name, line in known if line]
+    return len(_find_right(item, checks, verify, progress)) == len(entry.members)
 
 
-def _is_right(
-    ledger: Ledger, path: str, file: Path, digest: str, verify: bool, progress: Progress
-) -> bool:
-    """Tell whether `file` has a digest, by the ledger if that knows it, else by hashing it."""
-    entry = ledger.find(path)
-    if not verify and ledger.is_unchanged(path, file) and entry and entry.digest == digest:
-        return True
-    if not file.is_file() or not digest:
-        return False
-    with task(progress, f"verify {file.name}", file.stat().st_size, "bytes"):
-        found = digest_file(file, digest, progress.advance)
-    if found == digest:
-        ledger.add(path, file, digest)
-    return found == digest
+def _find_right(item: SetPlan, checks: list[_Check], verify: bool, progress: Progress) -> set[str]:
+    """Return the paths of right files, by the ledger if that knows them, else by hashing."""
+    right, doubtful = set(), []
+    for check in checks:
+        entry = item.ledger.find(check.path)
+        is_known = item.ledger.is_unchanged(check.path, check.file)
+        if not verify and is_known and entry and entry.digest == check.digest:
+            right.add(check.path)
+        elif check.file.is_file() and check.digest:
+            doubtful.append(check)
+    if doubtful:
+        size_bytes = sum(check.file.stat().st_size for check in doubtful)
+        with task(progress, f"verify {item.published.name}", size_bytes, "bytes"):
+            for check in doubtful:
+                if digest_file(check.file, check.digest, progress.advance) == check.digest:
+                    item.ledger.add(check.path, check.file, check.digest)
+                    right.add(check.path)
+    return right
 
 
 def unpacked_key(archive: RemoteFile) -> str:

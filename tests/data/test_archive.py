@@ -49,3 +49,21 @@ def test_a_zip_larger_than_the_disk_is_refused(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(SetupError, match="unpacking"):
         run(tmp_path, make_zip({"big": b"x" * 11}))
+
+
+def test_members_are_recorded_before_they_are_in_place(tmp_path: Path) -> None:
+    archive, folder = tmp_path / "set.zip", tmp_path / "set"
+    archive.write_bytes(make_zip({"a/b.txt": b"abc"}))
+    seen = []
+
+    def record(digests: dict[str, str], fresh: Path) -> None:
+        seen.append((list(digests), (fresh / "a/b.txt").read_bytes(), folder.exists()))
+
+    unpack(archive, folder, Silent(), ours=lambda _: False, record=record)
+    assert seen == [(["a/b.txt"], b"abc", False)]
+
+
+def test_a_name_that_is_a_file_and_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot be unpacked"):
+        run(tmp_path, make_zip({"a": b"1", "a/b": b"2"}))
+    assert [path.name for path in tmp_path.rglob("*")] == ["set.zip"]

@@ -17,9 +17,10 @@ from huggingface_hub import HfApi
 from minillm.data import web
 from minillm.data.catalog import find_sets
 from minillm.data.download import download, plan
-from minillm.data.fetch import CHUNK_BYTES
+from minillm.data.fetch import CHUNK_BYTES, fetch
 from minillm.data.hub import check_relative, endpoint, list_files
-from minillm.data.web import TRIES, Web, asked_wait_s
+from minillm.data.meter import FileMeter, Meter
+from minillm.data.web import TIMEOUT_S, TRIES, StoppedError, Web, asked_wait_s
 from minillm.errors import ConfigError, InputError, MinillmError, RunError, SetupError
 from minillm.files import folder_lock
 from minillm.log import Silent
@@ -510,3 +511,28 @@ def test_our_listing_is_that_of_the_official_client(hub: LoopbackHub) -> None:
     ]
     assert ours == theirs
     assert len(ours) == len(PARQUET)
+
+
+def test_halt_ends_a_transfer_that_waits_for_a_silent_server(
+    hub: LoopbackHub, tmp_path: Path
+) -> None:
+    hub.faults[JSONL] = [Fault("stall", at=2 * CHUNK_BYTES)]
+    halted = Web()
+    place = find_sets(["6"])[0].places[0]
+    [remote] = list_files(place, halted, Silent())
+    part, ended = tmp_path / "part", []
+
+    def run() -> None:
+        try:
+            fetch(halted, remote, part, tmp_path / "target", {}, FileMeter(Meter(Silent()), None))
+        except StoppedError:
+            ended.append("stopped")
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while not (part.exists() and part.stat().st_size == 2 * CHUNK_BYTES):
+        time.sleep(0.01)
+    halted.halt()
+    thread.join(TIMEOUT_S[1] / 2)  # without it, the thread waits for the whole time-out
+    assert ended == ["stopped"]
+    assert part.stat().st_size == 2 * CHUNK_BYTES
