@@ -173,8 +173,8 @@ def _finish(
     """Pack and write the dialogues that are wanted."""
     too_long = reader.lengths < -cfg.sequence_length
     longest = int(np.abs(reader.lengths).max(initial=0))
-    if not len(wanted):
-        _refuse_empty(cfg, found, int(too_long.sum()), longest)
+    if found.is_identity[wanted].all():
+        _refuse_empty(cfg, found, reader)
     place_of = np.full(len(found), -1, np.int64)
     place_of[reader.indices] = np.arange(len(reader.indices))
     places = place_of[wanted][shuffled(len(wanted), cfg.seed, 2)]
@@ -232,17 +232,18 @@ def _finish(
     )
 
 
-def _refuse_empty(
-    cfg: PrepareSftConfig, found: Candidates, num_too_long: int, longest: int
-) -> None:
-    if not len(found):
-        what = (
-            f", {found.rejected.counts.total()} lines are no dialogues" if found.num_lines else ""
-        )
+def _refuse_empty(cfg: PrepareSftConfig, found: Candidates, reader: TokenReader) -> None:
+    """Say why none of the user's dialogues can be taken."""
+    lengths = reader.lengths[~found.is_identity[reader.indices]]
+    if not len(lengths):
+        count = found.rejected.counts.total()
+        what = f", {count} lines are none" if count else ""
         raise InputError(
             f"no dialogue in `{cfg.data}`{what}",
             hint="use the ones in the package: `--data bundled`",
         )
+    num_too_long = int((lengths < -cfg.sequence_length).sum())
+    longest = int(np.abs(lengths).max())
     if num_too_long:
         raise InputError(
             f"all {num_too_long} dialogues are longer than `--sequence-length "
@@ -250,6 +251,6 @@ def _refuse_empty(
             hint=f"the longest has {longest} tokens: `--sequence-length {longest}`",
         )
     raise InputError(
-        f"all {len(found)} dialogues are shorter than `--min-tokens {cfg.min_tokens}`",
+        f"all {len(lengths)} dialogues are shorter than `--min-tokens {cfg.min_tokens}`",
         hint=f"the longest has {longest} tokens: `--min-tokens 0` keeps all",
     )

@@ -395,7 +395,8 @@ def test_tokenizers_takes_over_where_gigatoken_differs(
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no dialogue in"):
-        prepare_sft(settings(tmp_path, []), Silent())
+        prepare_sft(settings(tmp_path, [], persona=IdentityConfig()), Silent())
+    assert not list(tmp_path.glob("sft*"))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
