@@ -34,7 +34,7 @@ def report(cfg: ReportCompareConfig) -> Path:
     Raises:
         InputError: There is no such run.
     """
-    runs = list(dict.fromkeys(run.resolve() for run in cfg.runs))
+    runs = list({run.resolve(): run for run in cfg.runs}.values())
     if not runs:
         newest = paths.latest_run(paths.RUNS, "*")
         if newest is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter
 
 from minillm import charts
 from minillm.train.run_record import Floats, RunRecord
@@ -32,6 +32,8 @@ def draw_run(record: RunRecord, path: Path) -> None:
         _titled(speed, "tokens per second")
         _line(norm, record, "grad_norm", "gradient norm")
         norm.set_yscale("log")
+        for set_formatter in (norm.yaxis.set_major_formatter, norm.yaxis.set_minor_formatter):
+            set_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))  # no `$` of mathtext
         _titled(norm, "gradient norm before clipping")
         for key in _EXTRAS:
             _line(extra, record, key, key.replace("_", " "))

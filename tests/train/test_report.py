@@ -171,5 +171,5 @@ def test_the_command_writes_below_reports_and_says_where(
     runs = [str(write(f"runs/{name}", "mini_llama3:tiny")) for name in "ab"]
     result = CliRunner().invoke(app, ["report", *runs, runs[0]])
     assert result.exit_code == 0, result.output
-    assert result.stdout == "reports/a-vs-b/report.md\n"
+    assert result.stdout == "reports/a-vs-b/report.md\n"  # each run once
     assert (tmp_path / "reports" / "a-vs-b" / "curves.png").is_file()
