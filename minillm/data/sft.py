@@ -107,10 +107,15 @@ def _work_folder(out: Path) -> Iterator[Path]:
     """Yield `OUT.work`; it goes in the end, but stays after an interruption worth going on from."""
     work = out.with_name(out.name + ".work")
     with folder_lock(work):
+        is_over = False
         try:
             yield work
+            is_over = True
+        except (InputError, Mismatch):  # the next run will not go on from here
+            is_over = True
+            raise
         finally:
-            if (work / "done").is_file() or not (work / "log.json").is_file():
+            if is_over or not (work / "log.json").is_file():
                 shutil.rmtree(work, ignore_errors=True)
 
 
