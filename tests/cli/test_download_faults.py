@@ -26,7 +26,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.setattr(web, "FIRST_WAIT_S", 0.01)
+        monkeypatch.setattr(web, "FIRST_WAIT_S", 0.001)
         fill(hub)
         yield hub
 

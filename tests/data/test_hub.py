@@ -43,7 +43,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
         monkeypatch.setenv("HF_ENDPOINT", f"{hub.url}/")
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.setattr(web, "FIRST_WAIT_S", 0.01)
+        monkeypatch.setattr(web, "FIRST_WAIT_S", 0.001)
         hub.repos[FINEWEB] = {**PARQUET, "README.md": b"#", "2_3/0.parquet": b"low score"}
         hub.repos[MINE] = {
             "grpo_data.zip": make_zip({"a/train.parquet": b"t" * 5000, "b.parquet": b"v" * 50}),
