@@ -23,9 +23,12 @@ from matplotlib.ft2font import FT2Font
 
 from minillm.files import atomic_write
 
-FONT_HINT = (
-    "no font for Chinese: `apt install fonts-noto-cjk`, or put one into `~/.local/share/fonts`"
+NUMBERED = (
+    "A number in the chart is that of the row in the table: no font here can draw all of its "
+    "name, or it is too long (Chinese needs a font: `apt install fonts-noto-cjk`, or one in "
+    "`~/.local/share/fonts`)"
 )
+"""What to say beside a chart where `readable` had to number a name."""
 
 _BASE = "DejaVu Sans"
 _PREFERRED = (

@@ -100,8 +100,8 @@ def write_sample_report(report: SampleReport, folder: Path) -> None:
             "",
         ]
     lines += [f"![sources]({CHART})", ""]
-    if any(name != label for name, label in labels(report)):
-        lines += ["A number in the chart is that of the row in this table.", ""]
+    if any(label.startswith("#") for _, label in labels(report)):
+        lines += [f"{charts.NUMBERED}.", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", "|---:|---|" + "---:|" * (len(COLUMNS) - 2)]
     lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in report.rows()]
     write_text(folder / TEXT, "\n".join(lines) + "\n")
@@ -149,9 +149,10 @@ def draw_sources(report: SampleReport, path: Path) -> None:
         figure.legend(
             *by_documents.get_legend_handles_labels(), loc="outside lower center", ncols=2
         )
-        figure.suptitle(
-            f"{total.documents:,} documents before, {total.kept_documents:,} after sampling"
-        )
+        title = f"{total.documents:,} documents before, {total.kept_documents:,} after sampling"
+        if any(label.startswith("#") for label in names):
+            title += f"\n# is the row of the table in {TEXT}"
+        figure.suptitle(title)
         charts.save_png(figure, path)
 
 

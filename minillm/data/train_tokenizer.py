@@ -2,27 +2,45 @@
 
 Qwen2's pattern takes a whole run of Chinese, up to the next punctuation mark, for one word, and
 such words are nearly all different. The price is memory: about 50 bytes per byte of text, which
-`--max-bytes` bounds. Cutting the runs for training was tried and bought nothing
-(docs/tokenizer.md).
+`--max-bytes` bounds by a random sample of the whole corpus. Cutting the runs for training was
+tried and bought nothing (docs/tokenizer.md).
 
-The same text gives the same `tokenizer.json`, byte for byte.
+The same text and seed give the same folder, byte for byte.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import PreTokenizer
 
 from minillm import paths
-from minillm.data.documents import find_files, read_batches, total_bytes
-from minillm.data.tokenizer import ADDED, PAD, fingerprint, save_tokenizer, wrap
+from minillm.data import tokenizer_report as pages
+from minillm.data.text_sample import HELD_OUT_BYTES, Text, TextSample, read_sample
+from minillm.data.tokenizer import (
+    ADDED,
+    PAD,
+    fingerprint,
+    load_tokenizer,
+    plain_encoder,
+    resolve_tokenizer,
+    save_tokenizer,
+    token_byte_lengths,
+    wrap,
+)
+from minillm.data.tokenizer_measure import Fits, count_tokens, measure
 from minillm.errors import InputError
 from minillm.files import atomic_folder
 from minillm.log import Progress, Silent, task
 from minillm.settings import TrainTokenizerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Behaviour of Qwen2's pre-tokenizer: contractions, letters with one character before them, single
 # digits, punctuation with the line ends after it, line ends, spaces.
@@ -36,8 +54,10 @@ _MAX_TOKEN_BYTES = 24
 
 _FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 _FILES |= {"special_tokens_map.json", "added_tokens.json"}  # older transformers write these too
+_FILES |= {pages.TEXT, pages.CHART}
 
 _NUM_FIRST = 1 + 256  # `<|endoftext|>` and the bytes
+_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,37 +68,104 @@ class TokenizerReport:
     num_tokens: int
     """With the added chat tokens."""
     num_documents: int
+    """In the corpus."""
+    corpus_bytes: int
     text_bytes: int
+    """Trained on."""
+    num_unused: int
+    """Merged tokens that never appear in it."""
+    is_held_out: bool
+    """Whether `fits` are of text that was not trained on."""
+    fits: tuple[Fits, ...]
+    """The new tokenizer, then those it is compared with."""
     fingerprint: str
     seconds: float
 
 
 def train_tokenizer(cfg: TrainTokenizerConfig, progress: Progress | None = None) -> TokenizerReport:
-    """Train a tokenizer and write its folder.
+    """Train a tokenizer and write its folder, with a report.
 
     Raises:
-        InputError: The text is missing, unreadable, or too little for the vocabulary; or
-            `cfg.out` holds files of someone else.
+        InputError: The text is missing, unreadable, or too little for the vocabulary; a tokenizer
+            to compare with is none; or `cfg.out` holds files of someone else.
     """
     progress = progress or Silent()
     began = time.monotonic()
-    files = find_files(_find_data(cfg.data))
+    place = _find_data(cfg.data)
+    others = _load_others(cfg)
     with atomic_folder(cfg.out, ours=lambda entry: entry.name in _FILES) as folder:
-        counted = _Counted(files, cfg, progress)
-        try:
-            backend = train_backend(counted.batches(), cfg.vocab_size)
-        finally:
-            if counted.is_read:
-                progress.finish()
-        save_tokenizer(wrap(backend), folder)
+        sample = read_sample(place, cfg.text_column, cfg.max_bytes, cfg.seed, progress)
+        with task(progress, "learn merges", None, "tokens"):
+            backend = train_backend(_batches(sample.chosen), cfg.vocab_size)
+        tokenizer = wrap(backend)
+        save_tokenizer(tokenizer, folder)
+        vocabulary = _describe(tokenizer, sample.chosen, progress)
+        texts = sample.held_out or _spread(sample)
+        fits = tuple(
+            measure(name, len(one), plain_encoder(one), texts)
+            for name, one in [("this one", tokenizer), *others]
+        )
+        facts = pages.ReportFacts(
+            num_documents=sample.num_documents,
+            corpus_bytes=sample.corpus_bytes,
+            text_bytes=sample.text_bytes,
+            seed=cfg.seed,
+            is_held_out=bool(sample.held_out),
+            measured_bytes=sum(text.size for text in texts),
+        )
+        pages.write_tokenizer_report(folder, facts, vocabulary, fits)
         return TokenizerReport(
             folder=cfg.out,
-            num_tokens=backend.get_vocab_size(),
-            num_documents=counted.num_documents,
-            text_bytes=counted.text_bytes,
+            num_tokens=len(tokenizer),
+            num_documents=sample.num_documents,
+            corpus_bytes=sample.corpus_bytes,
+            text_bytes=sample.text_bytes,
+            num_unused=len(vocabulary.unused),
+            is_held_out=facts.is_held_out,
+            fits=fits,
             fingerprint=fingerprint(folder),
             seconds=time.monotonic() - began,
         )
+
+
+def _load_others(cfg: TrainTokenizerConfig) -> list[tuple[str, "PreTrainedTokenizerFast"]]:
+    """Load the bundled tokenizer and those named by `--compare`, before anything is trained."""
+    bundled = Path(paths.BUNDLED)
+    places = [bundled, *(place for place in cfg.compare if place != bundled)]
+    return [(place.name, load_tokenizer(resolve_tokenizer(place))) for place in places]
+
+
+def _describe(
+    tokenizer: "PreTrainedTokenizerFast", texts: list[Text], progress: Progress
+) -> pages.Vocabulary:
+    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    total = sum(text.size for text in texts)
+    with task(progress, "count tokens", total, "bytes"):
+        for found, size in count_tokens(plain_encoder(tokenizer), texts, len(counts)):
+            counts += found
+            progress.advance(size)
+    backend = tokenizer.backend_tokenizer
+    vocab = tokenizer.get_vocab()
+    is_step = np.zeros(len(counts), dtype=np.bool_)
+    for pair in json.loads(backend.to_str())["model"]["merges"]:
+        is_step[[vocab[part] for part in pair]] = True
+    return pages.Vocabulary(
+        texts=[backend.decode([index], skip_special_tokens=False) for index in range(len(counts))],
+        sizes=token_byte_lengths(tokenizer),
+        counts=counts,
+        is_step=is_step,
+    )
+
+
+def _spread(sample: TextSample) -> list[Text]:
+    """Return about `HELD_OUT_BYTES` of the text, evenly from all of it."""
+    step = max(1, -(-sample.text_bytes // HELD_OUT_BYTES))
+    return sample.chosen[::step]
+
+
+def _batches(texts: list[Text]) -> Iterator[list[str]]:
+    for start in range(0, len(texts), _BATCH):
+        yield [text.text for text in texts[start : start + _BATCH]]
 
 
 def train_backend(batches: Iterator[list[str]], vocab_size: int) -> Tokenizer:
@@ -131,44 +218,3 @@ def _find_data(given: Path) -> Path:
             "`--data FOLDER`",
         )
     return paths.resolve(given, paths.BUNDLED_CORPUS)
-
-
-class _Counted:
-    """The text to train on, counted as it passes, spread evenly over the corpus if bounded."""
-
-    def __init__(self, files: list[Path], cfg: TrainTokenizerConfig, progress: Progress) -> None:
-        self._files, self._column, self._progress = files, cfg.text_column, progress
-        self._max_bytes = cfg.max_bytes
-        self.num_documents = self.text_bytes = 0
-        self.is_read = False
-
-    def batches(self) -> Iterator[list[str]]:
-        """Yield the text; when it ends, the long silent part begins, as a task of its own."""
-        share, budget = 1.0, float("inf")
-        if self._max_bytes:
-            share, budget = self._measure(), self._max_bytes
-        seen_bytes = 0
-        for texts in self._read("read text"):
-            kept = []
-            for text in texts:
-                size = len(text.encode())
-                behind = self.text_bytes <= share * seen_bytes
-                seen_bytes += size
-                if share == 1 or (behind and self.text_bytes + size <= budget):
-                    kept.append(text)
-                    self.text_bytes += size
-            self.num_documents += len(kept)
-            yield kept
-        self._progress.start("learn merges", None, "tokens")
-        self.is_read = True
-
-    def _measure(self) -> float:
-        """Return the share of the text that fits the bound, 1 if all of it does."""
-        total = sum(len(text.encode()) for texts in self._read("measure text") for text in texts)
-        return min(1.0, self._max_bytes / total)
-
-    def _read(self, what: str) -> Iterator[list[str]]:
-        with task(self._progress, what, total_bytes(self._files), "bytes"):
-            for batch in read_batches(self._files, self._column):
-                yield batch.texts
-                self._progress.advance(batch.read_bytes)

@@ -240,7 +240,7 @@ def test_report_has_a_row_per_source_and_the_numbers_of_the_chart(
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| 1 | 中文 | 3 | 50.00% | 3 B | 3 | 50.00% | 3 B |" in text
     assert "| 2 | b\\|c | 2 |" in text
-    assert "A number in the chart is that of the row in this table." in text
+    assert charts.NUMBERED in text
     assert sample_report.labels(report) == [("中文", "#1"), ("b|c", "b|c"), ("law", "law")]
     assert (tmp_path / "out" / "sources.png").read_bytes().startswith(b"\x89PNG")
 
