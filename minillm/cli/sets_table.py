@@ -27,7 +27,7 @@ def show_plans(plans: list[SetPlan], folder: Path) -> None:
             rest = sum(file.fetch_bytes for file in files)
             sizes = map(human_bytes, (size, size - rest, rest))
             rows.append((item.published.name, title, *sizes))
-    show_table("Dry run", ("set", "file", "size", "have", "will fetch"), rows)
+    show_table("To fetch", ("set", "file", "size", "have", "will fetch"), rows)
     fetch_bytes = sum(item.fetch_bytes for item in plans)
     need_bytes, free = round(SPARE * sum(item.disk_bytes for item in plans)), free_bytes(folder)
     say(
