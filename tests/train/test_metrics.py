@@ -9,8 +9,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from minillm.log import Silent
+from minillm.settings import BatchConfig, PretrainConfig, ReportConfig
 from minillm.train.heatmap import draw_heatmap
 from minillm.train.metrics import MetricLog, read_metrics, split_metrics
+from minillm.train.pretrain import pretrain
+from minillm.train.run_record import read_run
 from minillm.train.state import TrainState
 
 LOADS = {"expert_load/layer_1": [0.5, 1.5, 1.0, 1.0], "expert_load/layer_2": [0.0, 3.0, 1.0, 0.0]}
@@ -91,3 +95,32 @@ def test_resumed_log_has_each_step_once(tmp_path: Path) -> None:
         stream.write(json.dumps({"kind": "train", "step": 4})[:-5])
     MetricLog(tmp_path, TrainState(step=2, eval_step=0)).close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_run_with_experts_shows_their_balance(corpus: Path, tmp_path: Path) -> None:
+    losses = {"sequence_aux_loss", "mtp_loss"}
+    cfg = PretrainConfig(
+        model="mini_deepseekv3:tiny",
+        data=corpus / "tokens" / "text.bin",
+        tokenizer=corpus / "tokenizer",
+        steps=2,
+        batch=BatchConfig(
+            batch_tokens=128, sequence_length=64, micro_batch=1, device="cpu", precision="fp32"
+        ),
+        report=ReportConfig(log_every=1, eval_every=2, eval_tokens=64, sample_tokens=0),
+    )
+    run, outcome = pretrain(cfg, Silent(), out=tmp_path / "run")
+    rows = read_metrics(run)
+    line = next(row for row in rows if row["kind"] == "train")
+    assert losses < line.keys()
+    assert line["flops"] == line["tokens"] * read_run(run).flops
+    assert line["seconds"] <= outcome.state.train_seconds
+    loads = rows[-1]["expert_load"]
+    assert loads.keys() == {"layer_1", "layer_2", "layer_3", "layer_4"}
+    for load in loads.values():
+        assert np.mean(load) == pytest.approx(1.0, abs=1e-3)  # of what was rounded
+    assert rows[-2]["expert_load_max"] == pytest.approx(max(map(max, loads.values())), abs=1e-3)
+    board = EventAccumulator(str(run)).Reload()
+    assert [image.step for image in board.Images("expert_load")] == [2]
+    assert {f"train/{name}" for name in losses} < set(board.Tags()["scalars"])
+    assert "![experts](experts.png)" in (run / "report.md").read_text(encoding="utf-8")
