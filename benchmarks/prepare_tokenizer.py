@@ -10,7 +10,6 @@ counts, not the command's.
 import argparse
 import datetime
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -82,13 +81,27 @@ def sample(data: Path, out: Path, ratio: str, seed: int) -> tuple[float, int]:
     """Run the command; return seconds and its peak memory in bytes."""
     command = [sys.executable, "-m", "minillm", "prepare-tokenizer", "--data", str(data)]
     command += ["--out", str(out), "--sample-ratio", ratio, "--seed", str(seed)]
-    began = time.monotonic()
+    began, peak = time.monotonic(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    while process.poll() is None:
+        peak = max(peak, high_water(process.pid))
+        time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed with {process.returncode}")
-    return time.monotonic() - began, usage.ru_maxrss * 1024
+    return time.monotonic() - began, peak
+
+
+def high_water(pid: int) -> int:
+    """Return the most memory a process ever held, in bytes; 0 if it is gone.
+
+    Unlike `ru_maxrss`, this does not begin with what the parent held when it forked.
+    """
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0")
+    return int(line.split()[1]) * 1024
 
 
 def digest(folder: Path) -> str:

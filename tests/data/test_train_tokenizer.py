@@ -1,4 +1,6 @@
+import itertools
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
 from minillm import paths
+from minillm.data import text_sample
 from minillm.data.text_sample import Text, TextSample, read_sample
 from minillm.data.tokenizer import ADDED, fingerprint, load_tokenizer, plain_encoder
 from minillm.data.tokenizer_measure import language_of, measure
@@ -184,6 +187,23 @@ def test_the_sample_is_random_over_the_whole_corpus_and_keeps_nothing_else(
     assert not held_out & {text.text for text in sample.chosen}
     assert read(0).chosen == sample.chosen
     assert read(1).chosen != sample.chosen
+
+
+def test_the_sample_is_the_head_of_one_random_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_sample, "HELD_OUT_BYTES", 500)
+    texts = [f"{i:03d}" + "x" * (i * 37 % 400) for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    for seed in range(30):
+        sample = read_sample(tmp_path, "text", 3000, seed, Silent())
+        draw = random.Random(f"{seed} sample")
+        order = sorted(texts, key=lambda _, draw=draw: draw.random())
+        sizes = list(itertools.accumulate(map(len, order)))
+        chosen = {text for text, size in zip(order, sizes, strict=True) if size <= 3000}
+        kept = {text for text, size in zip(order, sizes, strict=True) if size <= 3500}
+        assert {text.text for text in sample.chosen} == chosen
+        assert {text.text for text in sample.held_out} == kept - chosen
 
 
 def test_a_huge_document_neither_fills_the_sample_nor_empties_it(tmp_path: Path) -> None:
