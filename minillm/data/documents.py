@@ -147,7 +147,7 @@ def open_parquet(file: Path, *columns: str) -> pq.ParquetFile:
         InputError: It is not parquet, or has no such column of text.
     """
     try:
-        opened = pq.ParquetFile(file, pre_buffer=False)
+        opened = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
     except (pa.ArrowException, OSError) as err:
         raise _broken(file, err) from err
     names = opened.schema_arrow.names
