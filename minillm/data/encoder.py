@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from minillm.errors import SetupError
-from minillm.log import logger
+from minillm.log import Progress, Silent, logger
 
 _WORTH_BYTES = 4_000_000  # of input on disk: for less, gigatoken takes longer to start than to work
 _BATCH_DOCUMENTS = 16  # few at a time stay in the processor's cache
@@ -71,18 +71,21 @@ class EncoderPlan:
     odd: tuple[int, ...] = ()
 
 
-def plan_encoder(tree: str, backend: str, size_bytes: int) -> EncoderPlan:
+def plan_encoder(
+    tree: str, backend: str, size_bytes: int, progress: Progress | None = None
+) -> EncoderPlan:
     """Choose the library.
 
     Args:
         tree: The `tokenizer.json` without added tokens.
         backend: `gigatoken`, `tokenizers`, or `auto`: gigatoken if it is there and it pays.
         size_bytes: Of the input, on disk.
+        progress: Told which it is.
 
     Raises:
         SetupError: gigatoken is asked for by name and not installed.
     """
-    plain = EncoderPlan(tree, is_fast=False)
+    plain, say = EncoderPlan(tree, is_fast=False), (progress or Silent()).line
     if backend == "tokenizers" or (backend == "auto" and size_bytes < _WORTH_BYTES):
         return plain
     if importlib.util.find_spec("gigatoken") is None:
@@ -91,7 +94,7 @@ def plan_encoder(tree: str, backend: str, size_bytes: int) -> EncoderPlan:
                 "gigatoken is not installed",
                 hint="install it: `pip install 'minillm-lab[fast]'`, or leave out `--backend`",
             )
-        logger.info(
+        say(
             "encoding with tokenizers; `pip install 'minillm-lab[fast]'` makes it several times "
             "as fast"
         )
@@ -104,7 +107,7 @@ def plan_encoder(tree: str, backend: str, size_bytes: int) -> EncoderPlan:
         why = str(err).strip().splitlines() or [type(err).__name__]
         logger.warning("encoding with tokenizers, for gigatoken will not do: %s", why[0])
         return plain
-    logger.info("encoding with gigatoken, compared with tokenizers all along")
+    say("encoding with gigatoken, compared with tokenizers all along")
     return EncoderPlan(tree, is_fast=True, odd=odd)
 
 

@@ -162,7 +162,9 @@ class _Maker:
                 self._reports.append(TokenizeReport(job.out, found, is_new=False))
         if todo:
             size_bytes = total_bytes([file for job, _ in todo for file in job.files])
-            self._make(todo, plan_encoder(self._tree, backend, size_bytes), size_bytes)
+            self._make(
+                todo, plan_encoder(self._tree, backend, size_bytes, self._progress), size_bytes
+            )
         return self._reports
 
     def forget(self) -> None:
@@ -189,7 +191,9 @@ class _Maker:
                 lock.enter_context(_folder_if_used(job.work))
                 lock.enter_context(folder_lock(job.work))
                 self._begun.append(job)
-                _prepare_work(job, made_from)
+                kept = _prepare_work(job, made_from)
+                if kept:
+                    self._progress.line(f"`{job.out}`: going on after {kept} finished shards")
                 last = _Pending(job, made_from, lock=lock)
                 for index, (texts, read_bytes) in enumerate(_shards(job, self._recipe)):
                     shard = job.work / f"shard-{index:06d}.bin"
@@ -288,16 +292,14 @@ def _shards(job: Job, recipe: Recipe) -> Iterator[tuple[list[str], float]]:
         yield texts, read_bytes
 
 
-def _prepare_work(job: Job, made_from: str) -> None:
-    """Keep the shards of an earlier run of the same job; drop any others."""
+def _prepare_work(job: Job, made_from: str) -> int:
+    """Keep the shards of an earlier run of the same job, drop any others; return how many stay."""
     plan = job.work / "made_from"
     if not plan.is_file() or plan.read_text(encoding="utf-8") != made_from:
         for leftover in job.work.iterdir():
             leftover.unlink()
         write_text(plan, made_from)
-    kept = sum(1 for shard in job.work.glob("shard-*.bin") if manifest_path(shard).is_file())
-    if kept:
-        logger.info("`%s`: going on after %d finished shards", job.out, kept)
+    return sum(1 for shard in job.work.glob("shard-*.bin") if manifest_path(shard).is_file())
 
 
 def _is_whole(shard: Path) -> bool:

@@ -1,5 +1,4 @@
 import json
-import logging
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from minillm.data.encoder import Encoder, EncoderPlan, Mismatch, plan_encoder
 from minillm.data.tokenize import tokenize
 from minillm.data.tokenizer import plain_json
 from minillm.errors import SetupError
+from minillm.log import Silent
 from minillm.settings import TokenizeConfig
 
 MakeTexts = Callable[..., list[str]]
@@ -131,14 +131,13 @@ def test_little_input_is_not_worth_starting_gigatoken(tree: str) -> None:
     assert plan_encoder(tree, "auto", 100_000_000).is_fast
 
 
-def test_without_gigatoken(
-    tree: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_gigatoken(tree: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "line", lambda _self, text: said.append(text))
     monkeypatch.setitem(sys.modules, "gigatoken", None)
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _name: None)
-    caplog.set_level(logging.INFO, logger="minillm")
     assert not plan_encoder(tree, "auto", 100_000_000).is_fast
-    assert "pip install 'minillm-lab[fast]'" in caplog.text
+    assert "pip install 'minillm-lab[fast]'" in said[0]
     with pytest.raises(SetupError, match="gigatoken is not installed"):
         plan_encoder(tree, "gigatoken", 0)
 

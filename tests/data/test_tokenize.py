@@ -1,5 +1,4 @@
 import json
-import logging
 import multiprocessing
 import os
 import signal
@@ -24,6 +23,7 @@ from minillm.data.tokenize import TokenizeReport, plan_jobs, tokenize
 from minillm.data.tokenizer import plain_json
 from minillm.data.workers import worker_pool
 from minillm.errors import InputError, RunError
+from minillm.log import Silent
 from minillm.settings import TokenizeConfig
 
 MakeTexts = Callable[..., list[str]]
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     tmp_path: Path,
     make_texts: MakeTexts,
     small_shards: None,
-    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     raw, out = tmp_path / "raw", tmp_path / "out"
     write(raw / "a.jsonl", make_texts(12_000))
@@ -193,9 +193,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 
     shards = sorted((out / "a.bin.work").glob("*.bin"))
     shards[0].write_bytes(b"\0" * shards[0].stat().st_size)  # whole by length, not by content
-    caplog.set_level(logging.INFO, logger="minillm")
+    said: list[str] = []
+    monkeypatch.setattr(Silent, "line", lambda _self, text: said.append(text))
     (report,) = run(raw, out, name="a")
-    assert "going on after" in caplog.text
+    assert "going on after" in said[0]
     (fresh,) = run(raw, tmp_path / "fresh", name="a")
     assert report.manifest == fresh.manifest
     assert (out / "a.bin").read_bytes() == (tmp_path / "fresh" / "a.bin").read_bytes()
