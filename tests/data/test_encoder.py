@@ -181,25 +181,30 @@ def test_a_difference_found_late_makes_everything_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """gigatoken is wrong from the second token file on; the first is made again too."""
+    """gigatoken is wrong outside the samples; when a sample shows it, a.bin is finished already."""
     raw, out = tmp_path / "raw", tmp_path / "out"
     raw.mkdir()
     write(raw / "a.jsonl", make_texts(300, seed=1))
-    write(raw / "b.jsonl", ["wrong from here on", *make_texts(300, seed=2)])
+    write(raw / "b.jsonl", [*make_texts(300, seed=2), "it shows now", *make_texts(300, seed=3)])
+    monkeypatch.setattr(tokenize_module, "_SHARD_CHARS", 10_000)
     right = module._encode_fast
-    is_wrong = False
+    shows = False
+    finished_before = False
 
     def encode_fast(tokenizer: object, texts: list[str]) -> tuple[module.Ids, module.Lengths]:
-        nonlocal is_wrong
-        is_wrong = is_wrong or texts[0].startswith("wrong")
+        nonlocal shows, finished_before
+        if "it shows now" in texts:
+            shows, finished_before = True, (out / "a.bin").is_file()
         ids, lengths = right(tokenizer, texts)
-        return (ids + 1 if is_wrong else ids), lengths
+        is_sample = len(texts) <= 64
+        return (ids + 1 if shows or not is_sample else ids), lengths
 
     monkeypatch.setattr(module, "_encode_fast", encode_fast)
     cfg = TokenizeConfig(
         data=raw, out=out, tokenizer=Path("bundled"), workers=1, backend="gigatoken"
     )
     reports = tokenize(cfg)
+    assert finished_before
     assert [report.is_new for report in reports] == [True, True]
     lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(lines) == 1
