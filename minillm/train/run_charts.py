@@ -54,6 +54,8 @@ def draw_experts(record: RunRecord, path: Path) -> bool:
     if not rows:
         return False
     layers = list(rows[-1]["expert_load"])
+    shape = [len(load) for load in rows[-1]["expert_load"].values()]
+    rows = [r for r in rows if [len(load) for load in r["expert_load"].values()] == shape]
     columns = min(4, len(layers))
     lines = -(-len(layers) // columns)
     with charts.figure(3 * columns + 1, 2.2 * lines + 0.6) as figure:

@@ -138,6 +138,7 @@ def read_run(run: Path) -> RunRecord:
     notes: list[str] = []
     settings = _read_settings(run, notes)
     origin = settings.pop("provenance", {})
+    origin = origin if isinstance(origin, dict) else {}
     rows = _read_rows(run, notes)
     is_finished = paths.is_complete(run / "final")
     record = RunRecord(
@@ -180,9 +181,9 @@ def _read_rows(run: Path, notes: list[str]) -> list[dict[str, Any]]:
     num_bad = 0
     for line in text.splitlines():
         try:
-            row = json.loads(line)
-            key = (row["kind"], int(row["step"]))
-        except (ValueError, TypeError, KeyError):
+            row = _clean(json.loads(line))
+            key = (row["kind"], row["step"])
+        except (ValueError, TypeError, KeyError, AttributeError):
             num_bad += 1
             continue
         found.pop(key, None)
@@ -195,11 +196,19 @@ def _read_rows(run: Path, notes: list[str]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda row: row["step"])
 
 
+def _clean(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a line is as we write it: numbers, and tables of numbers."""
+    kept = {name: value for name, value in row.items() if type(value) in (int, float, dict)}
+    return kept | {"kind": str(row["kind"]), "step": int(row["step"])}
+
+
 def _measure_model(record: RunRecord) -> None:
     """Count parameters and FLOPs; by the newest config in the folder, or by the model's name."""
     saved = [record.path / "final", *sorted(record.path.glob("checkpoints/step-*"), reverse=True)]
     sources = [str(folder) for folder in saved if (folder / "config.json").is_file()]
-    batch = record.settings.get("batch", {})
+    batch = record.settings.get("batch")
+    length = batch.get("sequence_length") if isinstance(batch, dict) else None
+    length = length if isinstance(length, int) else 512
     for source in [*sources, str(record.settings.get("model", ""))]:
         try:
             model = build_on_meta(load_config(source))
@@ -208,6 +217,6 @@ def _measure_model(record: RunRecord) -> None:
         record.params = param_count(model)
         record.architecture = model.config.model_type
         record.vocab_size = model.config.vocab_size
-        record.flops = flops_per_token(model, int(batch.get("sequence_length", 512)))
+        record.flops = flops_per_token(model, length)
         return
     record.notes.append("it has no readable `config.json`: parameters and FLOPs are not known")
