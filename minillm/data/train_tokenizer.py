@@ -9,8 +9,9 @@ The same text and seed give the same folder, byte for byte.
 """
 
 import json
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,7 +97,9 @@ def train_tokenizer(cfg: TrainTokenizerConfig, progress: Progress | None = None)
     with atomic_folder(cfg.out, ours=lambda entry: entry.name in _FILES) as folder:
         sample = read_sample(place, cfg.text_column, cfg.max_bytes, cfg.seed, progress)
         with task(progress, "learn merges", None, "tokens"):
-            backend = train_backend(_batches(sample.chosen), cfg.vocab_size)
+            backend = _beside(
+                lambda: train_backend(_batches(sample.chosen), cfg.vocab_size), progress
+            )
         tokenizer = wrap(backend)
         save_tokenizer(tokenizer, folder)
         vocabulary = _describe(tokenizer, sample.chosen, progress)
@@ -126,6 +129,26 @@ def train_tokenizer(cfg: TrainTokenizerConfig, progress: Progress | None = None)
             fingerprint=fingerprint(folder),
             seconds=time.monotonic() - began,
         )
+
+
+def _beside(work: Callable[[], Tokenizer], progress: Progress) -> Tokenizer:
+    """Run `work` in a thread: a trainer that is deep in Rust would not let Ctrl-C through."""
+    done: list[Tokenizer | BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as err:
+            done.append(err)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+        progress.advance(0)
+    if isinstance(done[0], BaseException):
+        raise done[0]
+    return done[0]
 
 
 def _load_others(cfg: TrainTokenizerConfig) -> list[tuple[str, "PreTrainedTokenizerFast"]]:

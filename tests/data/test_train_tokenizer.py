@@ -1,6 +1,9 @@
 import itertools
 import json
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -323,6 +326,22 @@ def test_progress_reaches_its_total(corpus: Path, tmp_path: Path) -> None:
     assert (merging[0], merging[3]) == ("learn merges", True)
     size = sum(len(json.loads(line)["text"].encode()) for line in lines_of(corpus))
     assert counting == ["count tokens", size, size, True]
+
+
+def test_ctrl_c_stops_it_while_merges_are_learned(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    letters = [chr(0x4E00 + i) for i in range(3000)]
+    text = "\n\n".join("".join(draw.choices(letters, k=4000)) for _ in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    command = [sys.executable, "-m", "minillm", "train-tokenizer", "--data", tmp_path / "a.txt"]
+    command += ["--out", tmp_path / "tok"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("learn merges"):
+            pass
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130  # to learn all of it takes minutes
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_without_a_sample_the_hint_makes_one(
