@@ -26,7 +26,7 @@ from minillm.log import Progress, Silent, task
 
 _BUCKET_BYTES = 16_000_000
 _MOST_BUCKETS = 512  # open at a time
-_CHUNK_TOKENS = 1 << 22
+_CHUNK_TOKENS = 1 << 20
 _DOCS_SUFFIX = ".docs"
 
 _Starts = npt.NDArray[np.int64]
@@ -113,7 +113,7 @@ def _write(
     sizes: Sequence[IO[bytes]],
 ) -> None:
     first = int(starts[0])
-    block = np.array(part.tokens[first : int(ends[-1])])  # one read, not a page at a time
+    block = _read(part, first, int(ends[-1]))
     raw, width = block.data.cast("B"), block.itemsize
     low, high = (starts - first) * width, (ends - first) * width
     order = np.argsort(chosen, kind="stable")
@@ -151,7 +151,7 @@ def _documents(part: TokenFile) -> Iterator[tuple[int, _Starts]]:
     while position < len(part):
         until = min(position + _CHUNK_TOKENS, len(part))
         if known is None:
-            is_end = part.tokens[position:until] == part.manifest.separator_id
+            is_end = _read(part, position, until) == part.manifest.separator_id
             ends = np.flatnonzero(is_end) + position + 1
         else:
             low, high = np.searchsorted(known, [position + 1, until + 1])
@@ -168,6 +168,12 @@ def _documents(part: TokenFile) -> Iterator[tuple[int, _Starts]]:
         if len(ends):
             yield begin, ends
             begin = int(ends[-1])
+
+
+def _read(part: TokenFile, begin: int, end: int) -> npt.NDArray[np.integer]:
+    """Read some tokens; unlike pages of the memory map they are gone when they are used."""
+    dtype = part.tokens.dtype
+    return np.fromfile(part.path, dtype, end - begin, offset=begin * dtype.itemsize)
 
 
 def _read_starts(docs: Path, num_tokens: int) -> "np.memmap[tuple[int], np.dtype[np.uint64]]":
