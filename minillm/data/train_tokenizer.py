@@ -1,7 +1,7 @@
 """Train a byte-level BPE tokenizer on documents, with Qwen2's pre-tokenizer.
 
 Qwen2's pattern takes a whole run of Chinese, up to the next punctuation mark, for one word, and
-such words are nearly all different. The price is memory: about 50 bytes per byte of text, which
+such words are nearly all different. The price is memory: about 70 bytes per byte of text, which
 `--max-bytes` bounds by a random sample of the whole corpus. Cutting the runs for training was
 tried and bought nothing (docs/tokenizer.md).
 

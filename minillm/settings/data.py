@@ -45,7 +45,7 @@ class TrainTokenizerConfig:
     text_column: Annotated[str, Doc("Name of the text column or JSON key.")] = "text"
     max_bytes: Annotated[
         int,
-        Doc("Train on at most this much text, drawn from all of it; 0: all. Needs 50x in memory."),
+        Doc("Train on at most this much text, drawn from all of it; 0: all. Needs 70x in memory."),
     ] = 60_000_000
     seed: Annotated[int, Doc("Seed of that draw.")] = 0
     compare: Annotated[
