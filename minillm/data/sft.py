@@ -1,8 +1,8 @@
 """`minillm prepare-sft`: dialogues to a parquet of token rows, packed or one dialogue a row.
 
 Two passes: the first notes where each dialogue lies and of what kind it is, the second encodes
-those that are wanted into a log on disk, from which the rows are gathered. Memory holds some 60
-bytes a dialogue and never its text or tokens, so tens of millions fit into a few GB.
+those that are wanted into a log on disk, from which the rows are gathered. Memory holds some 200
+bytes a dialogue and never its text or tokens, so ten million fit into a few GB.
 
 A dialogue longer than a row is dropped, counted and reported, never cut: half an answer would
 teach the model to stop in mid-sentence.

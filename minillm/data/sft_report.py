@@ -124,7 +124,7 @@ def _draw_types(axes: Axes, report: SftReport) -> None:
     axes.margins(x=0.18)
     axes.grid(visible=False, axis="y")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.set_title("Dialogues by type")
 
 
