@@ -96,7 +96,7 @@ def count_tokens(
 def language_of(text: str) -> str:
     """Name the script that most of a text is in.
 
-    >>> language_of("Das ist gut 好"), language_of("你好 world")
+    >>> language_of("Comment ça va 好"), language_of("你好 world")
     ('English and other Latin', 'Chinese')
     """
     text = text[:4096]

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from minillm.config import to_plain
 from minillm.data.binfile import TokenFile
 from minillm.data.tokenizer import (
     find_tokenizer,
@@ -19,13 +18,13 @@ from minillm.data.windows import Rows, Windows
 from minillm.device import pick_dtype
 from minillm.errors import InputError
 from minillm.files import sample_sha256
-from minillm.log import Progress, Silent
+from minillm.log import Progress
 from minillm.models import registry
 from minillm.settings import PretrainConfig
-from minillm.train.distributed import World, join_world
-from minillm.train.job import Job, main_first
-from minillm.train.loop import Outcome, train
-from minillm.train.report import write_report
+from minillm.train.distributed import World
+from minillm.train.job import Job
+from minillm.train.loop import Outcome
+from minillm.train.run import run_job
 from minillm.train.run_folder import begin_run
 
 _PROMPT_TOKENS = 16
@@ -78,14 +77,13 @@ def pretrain(
         ConfigError: Unknown model, or settings that cannot work together.
         InputError: Data or tokenizer are missing, malformed, or do not belong together.
     """
-    with join_world(cfg.batch.device) as (world, device):
-        if not world.is_main:
-            progress = Silent()
-        job = main_first(world, out, lambda run: _build_job(cfg, world, device, run, resume))
-        outcome = train(job, progress, resume=resume)
-        if world.is_main:
-            write_report(job, outcome.state, to_plain(cfg))
-    return job.run, outcome
+    return run_job(
+        cfg,
+        progress,
+        out,
+        resume,
+        lambda world, device, run: _build_job(cfg, world, device, run, resume),
+    )
 
 
 def _build_job(

@@ -9,20 +9,19 @@ import torch
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from minillm import paths
-from minillm.config import to_plain
 from minillm.data.sft_rows import SftRow, SftRows
 from minillm.data.tokenizer import fingerprint, load_tokenizer, token_byte_lengths
 from minillm.data.windows import IGNORE, Rows, permute
 from minillm.device import pick_dtype
 from minillm.errors import InputError
-from minillm.log import Progress, Silent
+from minillm.log import Progress
 from minillm.models.load import load_model
 from minillm.settings import SftConfig
-from minillm.train.distributed import World, join_world
-from minillm.train.job import Job, main_first
-from minillm.train.loop import Outcome, train
+from minillm.train.distributed import World
+from minillm.train.job import Job
+from minillm.train.loop import Outcome
 from minillm.train.lora import add_lora
-from minillm.train.report import write_report
+from minillm.train.run import run_job
 from minillm.train.run_folder import begin_run
 
 _VAL_SHARE = 0.02
@@ -125,14 +124,13 @@ def sft(
     Raises:
         InputError: Model or data are missing, malformed, or made with different tokenizers.
     """
-    with join_world(cfg.batch.device) as (world, device):
-        if not world.is_main:
-            progress = Silent()
-        job = main_first(world, out, lambda run: _build_job(cfg, world, device, run, resume))
-        outcome = train(job, progress, resume=resume)
-        if world.is_main:
-            write_report(job, outcome.state, to_plain(cfg))
-    return job.run, outcome
+    return run_job(
+        cfg,
+        progress,
+        out,
+        resume,
+        lambda world, device, run: _build_job(cfg, world, device, run, resume),
+    )
 
 
 def _build_job(

@@ -1,0 +1,32 @@
+"""What pretraining and fine-tuning have in common: build a job, train it, report it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillm.config import to_plain
+from minillm.log import Progress, Silent
+from minillm.train.distributed import World, join_world
+from minillm.train.job import Job, main_first
+from minillm.train.loop import Outcome, train
+from minillm.train.report import write_report
+
+
+def run_job(
+    cfg: Any,
+    progress: Progress,
+    out: Path | None,
+    resume: bool,
+    build: Callable[[World, torch.device, Path | None], Job],
+) -> tuple[Path, Outcome]:
+    """Join the processes of the run, train, and write the report; return run folder and outcome."""
+    with join_world(cfg.batch.device) as (world, device):
+        if not world.is_main:
+            progress = Silent()
+        job = main_first(world, out, lambda run: build(world, device, run))
+        outcome = train(job, progress, resume=resume)
+        if world.is_main:
+            write_report(job, outcome.state, to_plain(cfg))
+    return job.run, outcome
