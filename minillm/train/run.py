@@ -11,6 +11,7 @@ from minillm.log import Progress, Silent
 from minillm.train.distributed import World, join_world
 from minillm.train.job import Job, main_first
 from minillm.train.loop import Outcome, train
+from minillm.train.plan import summary_lines
 from minillm.train.report import write_report
 
 
@@ -26,6 +27,9 @@ def run_job(
         if not world.is_main:
             progress = Silent()
         job = main_first(world, out, lambda run: build(world, device, run))
+        if not resume:
+            for line in summary_lines(job):
+                progress.line(line)
         outcome = train(job, progress, resume=resume)
         if world.is_main:
             write_report(job, outcome.state, to_plain(cfg))
