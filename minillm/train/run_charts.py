@@ -40,6 +40,7 @@ def draw_run(record: RunRecord, path: Path) -> None:
         _line(extra, record, "expert_load_max", "busiest expert (1 = even)")
         _line(extra, record, "expert_load_min", "idlest expert (1 = even)")
         if extra.lines:
+            extra.set_ylim(0, 1.5 * extra.get_ylim()[1])  # room for the names
             _titled(extra, "further losses, balance of experts")
         else:
             _line(extra, record, "mfu", "MFU")
