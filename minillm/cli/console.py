@@ -20,6 +20,7 @@ from minillm.files import human_bytes, human_count, human_time
 
 PLAIN_EVERY_S = 5.0
 PLAIN_RARELY_S = 60.0
+SLOW = 20  # rates below have a decimal
 EXACT = 1_000_000  # below, counts are shown to the digit
 AT_ONCE_S = 0.1  # what is reported so early was there before: a run that goes on
 
@@ -166,6 +167,8 @@ class Bar:
                 parts[0] += f"/{self._amount(self._total)}"
         if 0 < rate < 1 and self._unit != "bytes":
             parts.append(f"{1 / rate:.1f} s/{self._unit.removesuffix('s')}")
+        elif 0 < rate < SLOW and self._unit != "bytes":
+            parts.append(f"{rate:.1f} {self._unit}/s")
         else:
             parts.append(f"{self._amount(rate)}/s")
         if self._total and rate > 0 and self._done < self._total:

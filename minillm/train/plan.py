@@ -150,16 +150,17 @@ def memory_parts(model: PreTrainedModel, optim: OptimConfig) -> dict[str, int]:
 
 
 def summary_lines(job: Job) -> list[str]:
-    """Return what a run takes, in two lines, for the beginning of its output."""
+    """Return what a run takes, in three lines, for the beginning of its output."""
     count = param_count(job.model)
     flops = sum(flop_parts(job.model, job.batch.sequence_length).values())
     memory = memory_parts(job.model, job.optim)
     sizes = ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())
     tokens = job.total_steps * job.step_rows * job.batch.sequence_length
     return [
-        f"{job.model.config.model_type}: {_parameters(count)}; {sizes}",
-        f"{job.total_steps:,} steps, {human_count(tokens)} tokens, "
-        f"{human_count(flops)} FLOPs each, {tokens * flops:.2e} in all, on {describe(job.device)}",
+        f"{job.model.config.model_type}: {_parameters(count)}, on {describe(job.device)}",
+        f"memory: {sizes}, and activations",
+        f"{job.total_steps:,} steps, {human_count(tokens)} tokens of {human_count(flops)} FLOPs, "
+        f"{tokens * flops:.2e} in all",
     ]
 
 

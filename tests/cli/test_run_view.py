@@ -62,7 +62,9 @@ def test_on_a_terminal_three_lines_are_redrawn_in_place() -> None:
     assert "step 1020: validation loss 3.3" in lines
     bar, curve, numbers = [line for line in lines if line.strip()][-3:]
     # 20 steps in 2 s, the 1000 of before do not count: 980 to go are about 100 s
-    assert (found := re.search(r" 1,020/2,000 steps {2}(\d+) steps/s {2}ETA 1m(\d+)s", bar)), bar
+    assert (found := re.search(r" 1,020/2,000 steps {2}(\d+)\.\d steps/s {2}ETA 1m(\d+)s", bar)), (
+        bar
+    )
     assert 5 <= int(found[1]) <= 10
     assert curve.startswith("  loss 4.250  █")
     assert curve.rstrip().endswith("4.250 to 9.000")

@@ -161,7 +161,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         PlanConfig(tokens=-1)
 
 
-def test_summary_of_a_run_is_two_lines() -> None:
+def test_summary_of_a_run_is_three_lines_of_80_columns() -> None:
     model = build_on_meta(load_config("mini_deepseekv3:tiny"))
 
     class Job:
@@ -173,10 +173,12 @@ def test_summary_of_a_run_is_two_lines() -> None:
 
     job: Any = Job()
     job.model = model
-    first, second = summary_lines(job)
+    first, second, third = lines = summary_lines(job)
     assert first.startswith("mini_deepseekv3: ")
-    assert "of them for one token; weights " in first
-    assert second.startswith("50 steps, 51.2k tokens, ")
+    assert "of them for one token, on " in first
+    assert second.startswith("memory: weights ")
+    assert third.startswith("50 steps, 51.2k tokens of ")
+    assert max(map(len, lines)) <= 80
 
 
 def test_the_command_shows_time_and_cost_on_stdout(corpus: Path) -> None:
