@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minillm import paths
+from minillm.data.binfile import Manifest, manifest_path
 from minillm.errors import InputError, MinillmError
 from minillm.models.base import ParamCount, flops_per_token, param_count
 from minillm.models.summary import build_on_meta, load_config
@@ -196,6 +197,15 @@ def _read_rows(run: Path, notes: list[str]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda row: row["step"])
 
 
+def _data_vocabulary(record: RunRecord) -> int:
+    """Return the vocabulary of a run's data; 0 and a note when that is not known."""
+    place = manifest_path(Path(str(record.settings.get("data", "?"))))
+    if place.is_file():
+        return Manifest.read(place).vocab_size
+    record.notes.append("nothing is saved yet: parameters and FLOPs are at the usual vocabulary")
+    return 0
+
+
 def _clean(row: dict[str, Any]) -> dict[str, Any]:
     """Return what of a line is as we write it: numbers, and tables of numbers."""
     kept = {name: value for name, value in row.items() if type(value) in (int, float, dict)}
@@ -211,7 +221,10 @@ def _measure_model(record: RunRecord) -> None:
     length = length if isinstance(length, int) else 512
     for source in [*sources, str(record.settings.get("model", ""))]:
         try:
-            model = build_on_meta(load_config(source))
+            config = load_config(source)
+            if source not in sources:  # nothing is saved yet
+                config.vocab_size = _data_vocabulary(record) or config.vocab_size
+            model = build_on_meta(config)
         except (MinillmError, OSError, ValueError, KeyError, AttributeError):
             continue
         record.params = param_count(model)

@@ -85,6 +85,7 @@ def test_parameters_come_from_the_model(write: Write) -> None:
     record = read_run(write("a", "mini_deepseekv3:tiny"))
     assert record.params is not None
     assert record.params.total > record.params.active
+    assert any("usual vocabulary" in note for note in record.notes)
     assert record.architecture == "mini_deepseekv3"
 
 
