@@ -3,9 +3,9 @@
     python benchmarks/merge_bin.py [--folder DIR] [--parts 4] [--megabytes 512] [--turns 3]
 
 In turns, from the page cache, into a new file each time after a `sync`; the best turn of each
-counts. `merge-bin` checks the sha256 of each part, computes that of the whole, and has it all on
-the disk (fsync) when it ends; `cat` does none of that, so `cat` with a `sync` of the file is timed
-too. Time is the whole command's, from start to exit; memory is the process's largest resident set.
+counts. `merge-bin --verify` checks the sha256 of each part, computes that of the whole, and has it
+all on the disk (fsync) when it ends; beside it stands `cat` with a `sync` of the file. Time is the
+whole command's, from start to exit; memory is the process's largest resident set.
 """
 
 import argparse
@@ -24,7 +24,8 @@ import numpy as np
 def make_parts(folder: Path, parts: int, megabytes: int) -> list[Path]:
     """Write token files of random ids in documents of 1,000, once."""
     from minillm import paths
-    from minillm.data.binfile import BinWriter, TokenizerFacts
+    from minillm.data.binfile import BinWriter
+    from minillm.data.manifest import TokenizerFacts
     from minillm.data.tokenizer import load_tokenizer
 
     facts = TokenizerFacts.of(load_tokenizer(paths.BUNDLED_TOKENIZER))
@@ -73,9 +74,11 @@ def main() -> None:
     merge = [sys.executable, "-m", "minillm", "merge-bin", "--data", str(tokens), "--out", str(out)]
     commands = {
         "cat": ["sh", "-c", f"cat {names} > {out}"],
-        "cat and sync": ["sh", "-c", f"cat {names} > {out} && sync {out}"],
         "merge-bin": merge,
-        "shuffled": [*merge, "--shuffle-documents"],
+        "cat and sync": ["sh", "-c", f"cat {names} > {out} && sync {out}"],
+        "merge-bin --verify": [*merge, "--verify"],
+        "merge-bin --shuffle-documents": [*merge, "--shuffle-documents"],
+        "minillm --version": [sys.executable, "-m", "minillm", "--version"],
     }
     for part in parts:
         part.read_bytes()  # into the page cache
@@ -89,19 +92,12 @@ def main() -> None:
             best[name] = min(best.get(name, found), found)
     for file in args.folder.glob("out.bin*"):
         file.unlink()
-    cat, synced, ours, shuffled = best.values()
-    print(
-        "| what | merge-bin s | cat s | ratio | cat and sync s | ratio | peak MB "
-        "| shuffled s | peak MB | hardware | versions | date |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
-    print(
-        f"| merge {args.parts} x {args.megabytes} MiB | {ours[0]:.2f} | {cat[0]:.2f} "
-        f"| {ours[0] / cat[0]:.2f} | {synced[0]:.2f} | {ours[0] / synced[0]:.2f} | {ours[1]:.0f} "
-        f"| {shuffled[0]:.2f} | {shuffled[1]:.0f} | {platform.machine()}, "
-        f"{len(os.sched_getaffinity(0))} cores | Python {platform.python_version()}, Linux "
-        f"{platform.release()} | {datetime.date.today()} |"
-    )
+    where = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    versions = f"Python {platform.python_version()}, Linux {platform.release()}"
+    print(f"{args.parts} x {args.megabytes} MiB, {where}, {versions}, {datetime.date.today()}\n")
+    print("| what | s | / cat | peak MB |\n|---|---|---|---|")
+    for name, (seconds, peak) in best.items():
+        print(f"| `{name}` | {seconds:.2f} | {seconds / best['cat'][0]:.2f} | {peak:.0f} |")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from minillm.data.binfile import Manifest, TokenFile, manifest_path
+from minillm.data.binfile import TokenFile
+from minillm.data.manifest import Manifest, manifest_path
 from minillm.data.tokenizer import fingerprint, load_tokenizer
 from minillm.errors import InputError
 from minillm.files import write_text

@@ -7,11 +7,8 @@ accepted after a full scan, at about 0.3 s per 100 MB.
 """
 
 import contextlib
-import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -19,114 +16,20 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from minillm.data.tokenizer import find_separator, fingerprint, token_byte_lengths
+from minillm.data.manifest import Manifest, TokenizerFacts, manifest_path, require_content
+from minillm.data.tokenizer import fingerprint, token_byte_lengths
 from minillm.errors import InputError
-from minillm.files import atomic_write, human_bytes, sha256_file, write_text
+from minillm.files import atomic_write, human_bytes, sha256_file
 from minillm.log import logger
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-FORMAT_VERSION = 1
 
 _SCAN_TOKENS = 1 << 22
 _BUFFER_BYTES = 1 << 20
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 """Token ids of one document."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizerFacts:
-    """What a token file needs to know of its tokenizer."""
-
-    vocab_size: int
-    sha256: str
-    separator_id: int
-
-    @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerFast") -> Self:
-        """Read the facts from a loaded tokenizer."""
-        return cls(
-            vocab_size=len(tokenizer),
-            sha256=fingerprint(tokenizer),
-            separator_id=find_separator(tokenizer),
-        )
-
-    @property
-    def dtype(self) -> str:
-        """The narrowest of `uint16` and `uint32` that holds every id."""
-        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """`NAME.bin.json`, field by field."""
-
-    format_version: int = FORMAT_VERSION
-    dtype: str
-    vocab_size: int
-    tokenizer_sha256: str
-    separator_id: int
-    num_tokens: int
-    num_documents: int
-    text_bytes: int
-    """UTF-8 bytes of the source text, for bits per byte."""
-    sha256: str
-    """Of the .bin."""
-    sources: tuple[str, ...]
-    made_from: str = ""
-    """`minillm tokenize`'s fingerprint of the input files' contents and its settings."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Length of the .bin."""
-        return self.num_tokens * np.dtype(self.dtype).itemsize
-
-    @property
-    def facts(self) -> TokenizerFacts:
-        """The tokenizer's part."""
-        return TokenizerFacts(
-            vocab_size=self.vocab_size,
-            sha256=self.tokenizer_sha256,
-            separator_id=self.separator_id,
-        )
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a manifest.
-
-        Raises:
-            InputError: It is not JSON, lacks a field, or is of a later format.
-        """
-        hint = f"make it again with `minillm tokenize`, or remove `{path}` to have the .bin scanned"
-        try:
-            tree = json.loads(path.read_bytes())
-            version = tree.get("format_version")
-            if version != FORMAT_VERSION:
-                raise InputError(
-                    f"`{path}` is of format {version}, this minillm reads {FORMAT_VERSION}",
-                    hint="update minillm: `pip install -U minillm-lab`",
-                )
-            known = {item.name for item in dataclasses.fields(cls)}
-            found = cls(**{key: value for key, value in tree.items() if key in known})
-        except (ValueError, TypeError, AttributeError) as err:
-            raise InputError(f"`{path}` is not a manifest: {err}", hint=hint) from err
-        numbers = (found.vocab_size, found.separator_id, found.num_tokens, found.num_documents)
-        if found.dtype not in ("uint16", "uint32") or not all(isinstance(n, int) for n in numbers):
-            raise InputError(f"`{path}` is not a manifest: wrong types", hint=hint)
-        return dataclasses.replace(found, sources=tuple(found.sources))
-
-    def write(self, path: Path, *, is_durable: bool = True) -> None:
-        """Write the manifest atomically."""
-        tree = dataclasses.asdict(self)
-        text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
-        write_text(path, text, is_durable=is_durable)
-
-
-def manifest_path(path: Path) -> Path:
-    """Return the manifest's place: `NAME.bin` → `NAME.bin.json`."""
-    return path.with_name(path.name + ".json")
 
 
 class BinWriter:
@@ -378,12 +281,7 @@ def _map(path: Path, dtype: str) -> "np.memmap[Any, Any]":
 
 
 def _verify(path: Path, manifest: Manifest, tokens: "np.memmap[Any, Any]") -> None:
-    found = sha256_file(path)
-    if found != manifest.sha256:
-        raise InputError(
-            f"`{path}` has sha256 {found[:12]}…, its manifest says {manifest.sha256[:12]}…",
-            hint="make it again with `minillm tokenize`",
-        )
+    require_content(path, manifest)
     for begin in range(0, len(tokens), _SCAN_TOKENS):
         _check_ids(path, tokens[begin : begin + _SCAN_TOKENS], manifest.vocab_size)
 

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from minillm.data.binfile import Manifest, TokenizerFacts, manifest_path
 from minillm.data.inspect_near import Found, odd_neighbours, pick_tokenizer, report_tokenizer
 from minillm.data.inspect_report import Duplicates, Lengths, Picks, Report, Sample, Table
+from minillm.data.manifest import Manifest, TokenizerFacts, manifest_path, require_content
 from minillm.data.tokenizer import find_separator, token_byte_lengths
 from minillm.errors import InputError
 from minillm.log import Progress, task
@@ -63,7 +63,7 @@ def inspect_bin(path: Path, cfg: InspectConfig, progress: Progress) -> Report:
     }
     if manifest:
         report.facts["sources"] = list(manifest.sources)
-        _check_manifest(manifest, scan, report, verify=cfg.verify)
+        _check_manifest(path, manifest, scan, report, verify=cfg.verify)
         if sentence := odd_neighbours(path, manifest.tokenizer_sha256):
             report.problems.append(sentence)
     else:
@@ -117,14 +117,22 @@ def _check_size(size: int, itemsize: int, manifest: Manifest | None, report: Rep
         )
 
 
-def _check_manifest(manifest: Manifest, scan: "_Scan", report: Report, *, verify: bool) -> None:
+def _check_manifest(
+    path: Path, manifest: Manifest, scan: "_Scan", report: Report, *, verify: bool
+) -> None:
     if manifest.num_documents != scan.num_separators:
         report.problems.append(
             f"its manifest says {manifest.num_documents:,} documents, the file has "
             f"{scan.num_separators:,} separators"
         )
-    report.facts |= {"sha256": manifest.sha256, "sha256_checked": verify}
+    report.facts |= {"sha256": manifest.content_id, "sha256_checked": verify}
     if not verify:
+        return
+    if manifest.parts:
+        try:
+            require_content(path, manifest)
+        except InputError as error:
+            report.problems.append(str(error))
         return
     found = scan.hash.hexdigest()
     report.facts["sha256"] = found

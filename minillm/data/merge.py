@@ -1,24 +1,25 @@
 """Merge token files into one, by the kernel's own copy where the system has one.
 
-The bytes go from file to file without passing through Python. While they do, threads read them
-from the page cache and compute the sha256 of each part, which must be its manifest's, and that of
-the whole; the length of the result is checked too. Nothing is left of a merge that did not end.
+The bytes go from file to file without passing through Python, as fast as `cat`. The hash of each
+part moves into the manifest of the whole, so that a later check finds what an earlier one would
+have. With `verify`, threads hash the parts and the whole while the kernel copies, and all of it is
+on the disk in the end. Nothing is left of a merge that did not end.
 
-The price: the disk holds parts and whole at the same time, and what the disk itself damages while
-writing shows when the file is next opened with `verify`, not here.
+The price: the disk holds parts and whole at the same time.
 """
 
 import dataclasses
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 from minillm import paths
-from minillm.data.binfile import Manifest, TokenFile, manifest_path
+from minillm.data.binfile import TokenFile
+from minillm.data.manifest import Manifest, manifest_path, require_content
 from minillm.data.shuffle import shuffle_documents
 from minillm.data.tokenizer import load_tokenizer, resolve_tokenizer
 from minillm.errors import InputError
@@ -44,7 +45,7 @@ def merge_bin(cfg: MergeBinConfig, progress: Progress | None = None) -> Manifest
         tokenizer = load_tokenizer(resolve_tokenizer(cfg.tokenizer))
     inputs = [TokenFile.open(path, tokenizer=tokenizer) for path in _find_inputs(cfg)]
     if not cfg.shuffle_documents:
-        return merge_files(inputs, cfg.out, progress)
+        return merge_files(inputs, cfg.out, progress, verify=cfg.verify)
     require_alike(inputs)
     return shuffle_documents(inputs, cfg.out, cfg.seed, progress)
 
@@ -71,6 +72,7 @@ def merge_files(
     *,
     sources: tuple[str, ...] = (),
     made_from: str = "",
+    verify: bool = True,
 ) -> Manifest:
     """Concatenate token files; the manifest is written last.
 
@@ -80,6 +82,8 @@ def merge_files(
         progress: Told the bytes copied.
         sources: Of the manifest; default: those of the parts.
         made_from: Of the manifest.
+        verify: Hash all parts and the whole. Else only parts that are younger than their manifest,
+            and the whole is known by the hashes of its parts.
 
     Raises:
         InputError: The parts differ in tokenizer or dtype, or one is not what its manifest says.
@@ -91,8 +95,8 @@ def merge_files(
     require_free_space(out.parent, size_bytes, f"`{out.name}`")
     with (
         task(progress, f"merge {out.name}", size_bytes, "bytes"),
-        atomic_write(out) as to,
-        _Hashing(inputs) as hashing,
+        atomic_write(out, is_durable=verify) as to,
+        _Hashing(inputs, verify) as hashing,
     ):
         for part in inputs:
             _copy(part, to, progress)
@@ -107,10 +111,11 @@ def merge_files(
         num_documents=sum(part.manifest.num_documents for part in inputs),
         text_bytes=sum(part.manifest.text_bytes for part in inputs),
         sha256=sha256,
+        parts=() if sha256 else tuple(p for part in inputs for p in part.manifest.stretches),
         sources=given,
         made_from=made_from,
     )
-    merged.write(manifest_path(out))
+    merged.write(manifest_path(out), is_durable=verify)
     return merged
 
 
@@ -136,18 +141,17 @@ def require_alike(inputs: list[TokenFile]) -> None:
 class _Hashing:
     """Hashes parts and whole in threads of its own, for as long as the block runs.
 
-    A thread hashes the whole; another each part but the first, whose hash is that of the whole at
-    its end. hashlib lets the other threads run meanwhile.
+    hashlib lets the other threads run meanwhile.
     """
 
-    def __init__(self, inputs: list[TokenFile]) -> None:
-        self._inputs = inputs
+    def __init__(self, inputs: list[TokenFile], verify: bool) -> None:
+        self._inputs, self._verify = inputs, verify
         self._is_over = False
 
     def __enter__(self) -> "_Hashing":
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="sha256")
-        self._whole: Future[str] = self._pool.submit(self._hash_whole)
-        self._parts = self._pool.submit(self._hash_parts)
+        self._parts = self._pool.submit(self._check_parts)
+        self._whole = self._pool.submit(self._hash_whole) if self._verify else None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -155,49 +159,32 @@ class _Hashing:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def result(self) -> str:
-        """Return the sha256 of the whole.
+        """Return the sha256 of the whole, or nothing if it was not asked for.
 
         Raises:
             InputError: A part is not what its manifest says.
         """
         self._parts.result()
-        return self._whole.result()
+        return self._whole.result() if self._whole is not None else ""
+
+    def _check_parts(self) -> None:
+        for part in self._inputs:
+            if self._verify or _is_younger_than_its_manifest(part.path):
+                require_content(part.path, part.manifest, lambda: self._is_over)
 
     def _hash_whole(self) -> str:
-        whole = hashlib.sha256()
+        whole, buffer = hashlib.sha256(), memoryview(bytearray(_HASH_BYTES))
         for part in self._inputs:
-            for piece in self._pieces(part):
-                whole.update(piece)
-            if part is self._inputs[0]:
-                _require_sha256(part, whole.copy().hexdigest())
+            with part.path.open("rb", buffering=0) as source:
+                while not self._is_over and (count := source.readinto(buffer)):
+                    whole.update(buffer[:count])
         return whole.hexdigest()
 
-    def _hash_parts(self) -> None:
-        for part in self._inputs[1:]:
-            own = hashlib.sha256()
-            for piece in self._pieces(part):
-                own.update(piece)
-            _require_sha256(part, own.hexdigest())
 
-    def _pieces(self, part: TokenFile) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(_HASH_BYTES))
-        left = part.manifest.size_bytes
-        with part.path.open("rb", buffering=0) as source:
-            while left and not self._is_over:
-                count = source.readinto(buffer[: min(left, _HASH_BYTES)])
-                if not count:
-                    raise _changed(part)
-                yield buffer[:count]
-                left -= count
-
-
-def _require_sha256(part: TokenFile, found: str) -> None:
-    if found != part.manifest.sha256:
-        raise InputError(
-            f"`{part.path}` has sha256 {found[:12]}…, its manifest says "
-            f"{part.manifest.sha256[:12]}…",
-            hint="make it again with `minillm tokenize`",
-        )
+def _is_younger_than_its_manifest(path: Path) -> bool:
+    """Tell whether a file was written after the manifest that speaks for it."""
+    beside = manifest_path(path)
+    return beside.is_file() and path.stat().st_mtime_ns > beside.stat().st_mtime_ns
 
 
 def _copy(part: TokenFile, to: IO[bytes], progress: Progress) -> None:

@@ -19,9 +19,10 @@ from typing import IO
 import numpy as np
 import numpy.typing as npt
 
-from minillm.data.binfile import Manifest, TokenFile, manifest_path
+from minillm.data.binfile import TokenFile
+from minillm.data.manifest import Manifest, manifest_path, require_content
 from minillm.errors import InputError
-from minillm.files import atomic_write, named_os_errors, require_free_space, sha256_file
+from minillm.files import atomic_write, named_os_errors, require_free_space
 from minillm.log import Progress, Silent, task
 
 _BUCKET_BYTES = 16_000_000
@@ -73,6 +74,7 @@ def shuffle_documents(
         num_tokens=sum(part.manifest.num_tokens for part in inputs),
         num_documents=num_documents,
         text_bytes=sum(part.manifest.text_bytes for part in inputs),
+        parts=(),
         sha256=whole.hexdigest(),
         sources=tuple(dict.fromkeys(s for part in inputs for s in part.manifest.sources)),
         made_from="",
@@ -90,11 +92,7 @@ def _deal(
         streams = [stack.enter_context(bucket.open("wb")) for bucket in buckets]
         sizes = [stack.enter_context(_sizes_of(bucket).open("wb")) for bucket in buckets]
         for part in inputs:
-            if sha256_file(part.path) != part.manifest.sha256:
-                raise InputError(
-                    f"`{part.path}` is not what its manifest says: the sha256 differs",
-                    hint="make it again with `minillm tokenize`",
-                )
+            require_content(part.path, part.manifest)
             for begin, ends in _documents(part):
                 starts = np.concatenate([[begin], ends[:-1]])
                 chosen = np.minimum(draw.random(len(ends)) * len(buckets), len(buckets) - 1)

@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minillm import paths
-from minillm.data.binfile import Manifest, TokenFile, TokenizerFacts, manifest_path
+from minillm.data.binfile import TokenFile
 from minillm.data.documents import find_files, read_file, stem_of, total_bytes
 from minillm.data.encoder import Encoder, EncoderPlan, Mismatch, plan_encoder
+from minillm.data.manifest import Manifest, TokenizerFacts, manifest_path
 from minillm.data.merge import merge_files
 from minillm.data.recipes import Recipe, find_recipe
 from minillm.data.tokenizer import load_tokenizer, plain_json, resolve_tokenizer

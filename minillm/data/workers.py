@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from minillm.data.binfile import BinWriter, TokenizerFacts
+from minillm.data.binfile import BinWriter
 from minillm.data.encoder import Encoder, EncoderPlan
+from minillm.data.manifest import TokenizerFacts
 from minillm.errors import RunError
 
 _WORKER_BYTES = 4_000_000  # a worker takes a second to start: not for less input than this

@@ -101,6 +101,9 @@ class MergeBinConfig:
     tokenizer: Annotated[
         Path | None, Doc("Tokenizer folder; needed for .bin files without a manifest.")
     ] = None
+    verify: Annotated[
+        bool, Doc("Hash every part and the whole; else the parts' hashes are carried over.")
+    ] = False
     shuffle_documents: Annotated[
         bool, Doc("Put the documents of all files in one random order.")
     ] = False

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from minillm.data.binfile import Manifest, manifest_path
+from minillm.data.manifest import Manifest, manifest_path
 from minillm.device import describe, pick_device, pick_dtype
 from minillm.errors import InputError
 from minillm.files import human_bytes, human_count, human_time

@@ -103,7 +103,7 @@ def _build_job(
         bos_token_id=None,
     )
     facts = {
-        "data_sha256": file.manifest.sha256,
+        "data_sha256": file.manifest.content_id,
         "data_sample": sample_sha256(data),  # the manifest does not change with the data
         "tokenizer_sha256": fingerprint(folder),
     }

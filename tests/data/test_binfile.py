@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from minillm.data.binfile import BinWriter, Manifest, TokenFile, TokenizerFacts, manifest_path
+from minillm.data.binfile import BinWriter, TokenFile
+from minillm.data.manifest import Manifest, TokenizerFacts, manifest_path
 from minillm.data.tokenizer import fingerprint, plain_encoder
 from minillm.errors import InputError, SetupError
 

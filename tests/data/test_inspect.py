@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from transformers import PreTrainedTokenizerFast
 
 from minillm.data import inspect_bin as bin_module
-from minillm.data.binfile import BinWriter, TokenizerFacts, manifest_path
+from minillm.data.binfile import BinWriter
 from minillm.data.chat import ChatEncoder
 from minillm.data.inspect_bin import inspect_bin
 from minillm.data.inspect_report import Duplicates, Lengths, Picks, Report
@@ -27,6 +27,7 @@ from minillm.data.inspect_sft import inspect_sft
 from minillm.data.inspect_show import clean, show
 from minillm.data.inspect_text import inspect_text
 from minillm.data.inspect_tokenizer import inspect_tokenizer
+from minillm.data.manifest import TokenizerFacts, manifest_path
 from minillm.data.tokenizer import fingerprint, plain_encoder, save_tokenizer
 from minillm.log import Silent
 from minillm.settings import InspectConfig

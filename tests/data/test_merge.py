@@ -11,7 +11,8 @@ import pytest
 from minillm import paths
 from minillm.data import merge as module
 from minillm.data import shuffle
-from minillm.data.binfile import BinWriter, Manifest, TokenFile, TokenizerFacts, manifest_path
+from minillm.data.binfile import BinWriter, TokenFile
+from minillm.data.manifest import Manifest, TokenizerFacts, manifest_path
 from minillm.data.merge import merge_bin
 from minillm.errors import InputError, SetupError
 from minillm.settings import MergeBinConfig
@@ -48,8 +49,39 @@ def test_files_are_joined_in_the_order_of_their_names(tokens: Path, tmp_path: Pa
     assert out.read_bytes() == expected(tokens)
     assert TokenFile.open(out, verify=True).manifest == merged
     assert (merged.num_tokens, merged.num_documents, merged.text_bytes) == (60_028, 23, 230)
-    assert merged.sha256 == hashlib.sha256(expected(tokens)).hexdigest()
+    hashes = [hashlib.sha256((tokens / f"{n}.bin").read_bytes()).hexdigest() for n in "abc"]
+    assert [part.sha256 for part in merged.parts] == hashes
     assert merged.sources == ("a.txt", "b.txt", "c.txt")
+    whole = merge_bin(MergeBinConfig(data=tokens, out=out, verify=True))
+    assert (whole.sha256, whole.parts) == (hashlib.sha256(expected(tokens)).hexdigest(), ())
+    assert Manifest.read(manifest_path(out)) == whole
+
+
+def test_hashes_of_the_parts_go_with_them(tokens: Path, tmp_path: Path) -> None:
+    inner, outer = tmp_path / "inner" / "m.bin", tmp_path / "outer.bin"
+    merge_bin(MergeBinConfig(data=tokens, out=inner))
+    write(inner.with_name("z.bin"), [[3, 4]])
+    merged = merge_bin(MergeBinConfig(data=inner.parent, out=outer))
+    assert [part.size_bytes for part in merged.parts] == [6, 10, 120_040, 6]
+    assert TokenFile.open(outer, verify=True).manifest == merged
+    raw = bytearray(outer.read_bytes())
+    raw[20] ^= 1  # in what was c.bin
+    outer.write_bytes(raw)
+    with pytest.raises(InputError, match=rf"sha256 .* manifest says {merged.parts[2].sha256[:12]}"):
+        TokenFile.open(outer, verify=True)
+
+
+def test_damage_that_hides_from_the_clock_is_found_by_verify(tokens: Path, tmp_path: Path) -> None:
+    part, out = tokens / "b.bin", tmp_path / "all.bin"
+    raw, stat = bytearray(part.read_bytes()), part.stat()
+    raw[2] ^= 1
+    part.write_bytes(raw)
+    os.utime(part, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(InputError, match=r"b\.bin` has sha256"):
+        merge_bin(MergeBinConfig(data=tokens, out=out, verify=True))
+    merge_bin(MergeBinConfig(data=tokens, out=out))
+    with pytest.raises(InputError, match=r"all\.bin` has sha256"):
+        TokenFile.open(out, verify=True)
 
 
 def fail_with(code: int) -> Callable[..., int]:
@@ -181,7 +213,7 @@ def test_shuffling_keeps_every_document_whole_and_repeats_with_its_seed(
 ) -> None:
     draw = np.random.default_rng(1)
     write(tokens / "d.bin", [draw.integers(2, 300, n).tolist() for n in draw.integers(0, 90, 900)])
-    plain = merge_bin(MergeBinConfig(data=tokens, out=tmp_path / "plain.bin"))
+    plain = merge_bin(MergeBinConfig(data=tokens, out=tmp_path / "plain.bin", verify=True))
     monkeypatch.setattr(shuffle, "_BUCKET_BYTES", 20_000)
     monkeypatch.setattr(shuffle, "_CHUNK_TOKENS", 1000)
     made = shuffled(tokens, tmp_path / "out" / "a.bin")
@@ -235,7 +267,7 @@ def test_shuffling_refuses_what_merging_refuses(tokens: Path, tmp_path: Path) ->
     raw = bytearray((tokens / "b.bin").read_bytes())
     raw[2] ^= 1
     (tokens / "b.bin").write_bytes(raw)
-    with pytest.raises(InputError, match=r"b\.bin` is not what its manifest says"):
+    with pytest.raises(InputError, match=r"b\.bin` has sha256 .*, its manifest says"):
         shuffled(tokens, out)
     write(tokens / "b.bin", [[1]], TokenizerFacts(vocab_size=300, sha256="e" * 64, separator_id=1))
     with pytest.raises(InputError, match="was made with tokenizer"):

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from minillm.cli.app import app
-from minillm.data.binfile import Manifest
+from minillm.data.manifest import Manifest
 from minillm.errors import ConfigError, InputError, RunError
 from minillm.log import Silent
 from minillm.models import registry
