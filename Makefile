@@ -32,7 +32,7 @@ demo: $(VENV)/.base  ## the whole pipeline on the bundled text, ending in a chat
 	$(BIN)/minillm demo $(ARGS)
 
 test: $(VENV)/.dev  ## the default test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, spelling
 	$(BIN)/ruff format --check .
