@@ -14,7 +14,6 @@ from minillm.settings import ReportCompareConfig
 from minillm.train.job import Job
 from minillm.train.run_charts import draw_comparison, draw_experts, draw_run
 from minillm.train.run_record import RunRecord, read_run
-from minillm.train.state import TrainState
 
 REPORTS = Path("reports")
 CURVES = "curves.png"
@@ -48,7 +47,7 @@ def report(cfg: ReportCompareConfig) -> Path:
     return write_comparison(records, cfg.out or REPORTS / _joint_name(records))
 
 
-def write_report(job: Job, state: TrainState, settings: Mapping[str, Any]) -> None:
+def write_report(job: Job) -> None:
     """Write `report.md` and its pictures into the folder of a run that has just ended."""
     dtype = str(job.dtype).removeprefix("torch.")
     hardware = f"{describe(job.device)}, compute in {dtype}"

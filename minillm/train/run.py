@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from minillm.config import to_plain
 from minillm.log import Progress, Silent
 from minillm.train.distributed import World, join_world
 from minillm.train.job import Job, main_first
@@ -32,5 +31,5 @@ def run_job(
                 progress.line(line)
         outcome = train(job, progress, resume=resume)
         if world.is_main:
-            write_report(job, outcome.state, to_plain(cfg))
+            write_report(job)
     return job.run, outcome

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minillm import paths
-from minillm.data.binfile import Manifest, manifest_path
+from minillm.data.manifest import Manifest, manifest_path
 from minillm.errors import InputError, MinillmError
 from minillm.models.base import ParamCount, flops_per_token, param_count
 from minillm.models.summary import build_on_meta, load_config

@@ -518,14 +518,29 @@ def test_router_bias_stays_in_fp32_in_a_bf16_model(model: Any, tmp_path: Path) -
 
 
 def test_training_checkpoint_restores_experts_biases_and_optimizer(tmp_path: Path) -> None:
-    from minillm.settings import OptimConfig
-    from minillm.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+    from minillm.settings import BatchConfig, OptimConfig, ReportConfig
+    from minillm.train.checkpoint import (
+        CheckpointWriter,
+        load_optimizers,
+        load_weights,
+        newest_checkpoint,
+    )
+    from minillm.train.job import Job
     from minillm.train.optim import build_optimizers
     from minillm.train.state import TrainState
 
     (tmp_path / "tokenizer").mkdir()
     models = [make(seed, router_bias_update_speed=0.01).train() for seed in (0, 1)]
     optimizers = [build_optimizers(m, OptimConfig(), torch.device("cpu")) for m in models]
+
+    def job(n: int) -> Job:
+        unused: Any = None
+        return Job(
+            stage="pretrain", run=tmp_path, model=models[n], tokenizer=unused,
+            tokenizer_folder=tmp_path / "tokenizer", byte_lengths=unused, source=unused,
+            optim=OptimConfig(), batch=BatchConfig(), report=ReportConfig(), total_steps=1,
+            device=torch.device("cpu"), dtype=torch.float32,
+        )  # fmt: skip
 
     def step(n: int) -> None:
         models[n](IDS, labels=IDS, use_cache=False).loss.backward()
@@ -535,12 +550,15 @@ def test_training_checkpoint_restores_experts_biases_and_optimizer(tmp_path: Pat
             optimizer.zero_grad()
 
     step(0)
-    save_checkpoint(tmp_path, models[0], optimizers[0], TrainState(), tmp_path / "tokenizer")
+    writer = CheckpointWriter(job(0))
+    writer.save_checkpoint(optimizers[0], TrainState())
+    step(0)  # while it is written: what is saved is what was there before
+    writer.wait()
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
-    load_checkpoint(checkpoint, models[1], optimizers[1])
-    for n in range(2):
-        step(n)
+    load_weights(checkpoint, job(1))
+    load_optimizers(checkpoint, job(1), optimizers[1])
+    step(1)
     for (name, ours), theirs in zip(
         models[1].state_dict().items(), models[0].state_dict().values(), strict=True
     ):
