@@ -19,7 +19,7 @@ COMMANDS = [
     if dataclasses.is_dataclass(cls) and str(cls.__doc__).startswith("`minillm ")
 ]
 
-FLAGS_ONLY = [cls for cls in COMMANDS if cls is not DownloadConfig]  # its sets are positional
+FLAGS_ONLY = [cls for cls in COMMANDS if cls is not DownloadConfig]  # its sets are positional too
 
 
 def run(cls: Any, *args: object) -> Any:

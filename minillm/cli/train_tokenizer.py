@@ -1,23 +1,13 @@
 """`minillm train-tokenizer`."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from minillm.cli.console import progress, say, show_facts, show_table
 from minillm.cli.options import configured
 from minillm.files import human_bytes, human_time
 from minillm.settings import TrainTokenizerConfig
 
-Compare = Annotated[
-    list[Path],
-    typer.Option("--compare", help="Tokenizer folder to compare with in the report; repeatable."),
-]
-
 
 @configured(TrainTokenizerConfig)
-def train_tokenizer(compare: Compare = [], *, cfg: TrainTokenizerConfig) -> None:  # noqa: B006
+def train_tokenizer(*, cfg: TrainTokenizerConfig) -> None:
     """Train a byte-level BPE tokenizer, and report how well it fits."""
     from minillm.data import train_tokenizer as command
     from minillm.data.tokenizer_report import TEXT

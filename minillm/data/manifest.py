@@ -130,6 +130,8 @@ class Manifest:
     def write(self, path: Path, *, is_durable: bool = True) -> None:
         """Write the manifest atomically."""
         tree = dataclasses.asdict(self)
+        if not self.parts:
+            del tree["parts"]
         text = json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
         write_text(path, text, is_durable=is_durable)
 

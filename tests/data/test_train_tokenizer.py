@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -331,11 +332,13 @@ def test_progress_reaches_its_total(corpus: Path, tmp_path: Path) -> None:
 def test_ctrl_c_stops_it_while_merges_are_learned(tmp_path: Path) -> None:
     draw = random.Random(0)
     letters = [chr(0x4E00 + i) for i in range(3000)]
-    text = "\n\n".join("".join(draw.choices(letters, k=4000)) for _ in range(1000))
+    text = "\n\n".join("".join(draw.choices(letters, k=4000)) for _ in range(400))
     (tmp_path / "a.txt").write_text(text)
     command = [sys.executable, "-m", "minillm", "train-tokenizer", "--data", tmp_path / "a.txt"]
     command += ["--out", tmp_path / "tok"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # a script's background job ignores SIGINT, and so would the command
+    heed = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         assert process.stderr is not None
         while not process.stderr.readline().startswith("learn merges"):
             pass
