@@ -1,6 +1,7 @@
 """What the openai client does not show: raw bodies, limits, headers, disconnects, ports."""
 
 import json
+import os
 import re
 import signal
 import time
@@ -238,10 +239,10 @@ def test_an_answer_that_ends_within_the_drain_is_whole(serve: Any, scripted: Any
 
 
 def test_a_taken_port_is_a_setup_error_with_a_free_port_in_the_hint() -> None:
-    with listen("127.0.0.1", 0) as sock:
-        port = sock.getsockname()[1]
-        with pytest.raises(SetupError, match=str(port)) as caught:
-            listen("127.0.0.1", port)
+    # below the range that systems hand out, from which other programs take the one after it
+    port = 20_000 + os.getpid() % 10_000
+    with listen("127.0.0.1", port), pytest.raises(SetupError, match=str(port)) as caught:
+        listen("127.0.0.1", port)
     hinted = re.search(r"--port (\d+)", str(caught.value.hint))
     assert hinted
     with listen("127.0.0.1", int(hinted[1])):
