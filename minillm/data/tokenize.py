@@ -29,13 +29,8 @@ from minillm.data.manifest import Manifest, TokenizerFacts, manifest_path
 from minillm.data.merge import merge_files
 from minillm.data.recipes import Recipe, find_recipe
 from minillm.data.tokenizer import load_tokenizer, plain_json, resolve_tokenizer
-from minillm.data.workers import (
-    count_workers,
-    encode_shard,
-    encode_shard_in_worker,
-    worker_died,
-    worker_pool,
-)
+from minillm.data.worker_pool import count_workers, worker_died
+from minillm.data.workers import WORKER_BYTES, encode_shard, encode_shard_in_worker, worker_pool
 from minillm.errors import InputError
 from minillm.files import folder_lock, sha256_file, write_text
 from minillm.log import Progress, Silent, logger, task
@@ -179,7 +174,7 @@ class _Maker:
         self._begun, self._reports = [], []
 
     def _make(self, todo: list[tuple[Job, str]], plan: EncoderPlan, size_bytes: int) -> None:
-        workers = self._cfg.workers or count_workers(size_bytes)
+        workers = count_workers(self._cfg.workers, size_bytes, WORKER_BYTES)
         self._encoder = Encoder(plan) if workers == 1 else None
         with (
             contextlib.ExitStack() as locks,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from minillm.errors import RunError
 
@@ -63,10 +63,7 @@ class Workers:
             while waiting:
                 yield waiting.popleft().result()
         except (BrokenProcessPool, BrokenPipeError) as err:
-            raise RunError(
-                "a worker process died; the system may have killed it for lack of memory",
-                hint="run the same command again with `--workers 1`: what is finished is kept",
-            ) from err
+            raise worker_died() from err
 
 
 @contextmanager
@@ -75,13 +72,20 @@ def start_workers(count: int) -> Iterator[Workers]:
     if count == 1:
         yield Workers(None, 1)
         return
+    with start_pool(count) as pool:
+        yield Workers(pool, count)
+
+
+@contextmanager
+def start_pool(count: int, *begin: Any) -> Iterator[ProcessPoolExecutor]:
+    """Start a bare pool whose processes first call `begin[0](*begin[1:])`, if given."""
     context = multiprocessing.get_context("spawn")  # a fork would copy threads and their locks
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker)
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=begin)
     # all workers start with the first task. One that starts later may not be watched, or be left
     # behind when the pool breaks, and then the pool waits for it for ever
     pool._safe_to_dynamically_spawn_children = False  # type: ignore[attr-defined]
     try:
-        yield Workers(pool, count)
+        yield pool
     finally:
         if getattr(pool, "_broken", False) and sys.version_info < (3, 11, 5):
             # there the pool of a dead worker waits for ever for a thread that is writing to a full
@@ -90,10 +94,20 @@ def start_workers(count: int) -> Iterator[Workers]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin_worker() -> None:
+def worker_died() -> RunError:
+    """Return the error for a pool that broke."""
+    return RunError(
+        "a worker process died; the system may have killed it for lack of memory",
+        hint="run the same command again with `--workers 1`: what is finished is kept",
+    )
+
+
+def _begin(*begin: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if begin:
+        begin[0](*begin[1:])
 
 
 def _end_with_parent() -> None:
