@@ -251,6 +251,8 @@ def main() -> None:
             official = model.to(dtype).export_official().model.layers[0]
             x = torch.randn(rows, length, config.hidden_size, dtype=dtype, requires_grad=True)
             layer = model.model.layers[0]
+            for module in (*layer.modules(), *official.modules()):
+                module._forward_hooks.clear()  # they serve `output_router_logits` of the model
             for name, problem in problems(layer, official, x, shape == "published").items():
                 if args.only not in f"{name}, {shape}":
                     continue
