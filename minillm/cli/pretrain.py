@@ -1,5 +1,6 @@
 """`minillm pretrain`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +17,9 @@ Out = Annotated[Path | None, typer.Option(help="Run folder; default: a new one b
 @configured(PretrainConfig, stage="pretrain")
 def pretrain(out: Out = None, *, resume: Path | None, cfg: PretrainConfig) -> None:
     """Train a model from scratch on tokenized .bin data."""
-    from minillm.train.launch import is_launched, launch
+    if cfg.several.nproc > 1 and "WORLD_SIZE" not in os.environ:  # not yet under torchrun
+        from minillm.train.launch import launch
 
-    if cfg.several.nproc > 1 and not is_launched():
         raise typer.Exit(launch(cfg.several.nproc, sys.argv[1:]))
     from minillm.train.pretrain import pretrain as run_pretrain
 

@@ -1,5 +1,6 @@
 """`minillm sft`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +17,9 @@ Out = Annotated[Path | None, typer.Option(help="Run folder; default: a new one b
 @configured(SftConfig, stage="sft")
 def sft(out: Out = None, *, resume: Path | None, cfg: SftConfig) -> None:
     """Fine-tune a pretrained model on dialogues."""
-    from minillm.train.launch import is_launched, launch
+    if cfg.several.nproc > 1 and "WORLD_SIZE" not in os.environ:  # not yet under torchrun
+        from minillm.train.launch import launch
 
-    if cfg.several.nproc > 1 and not is_launched():
         raise typer.Exit(launch(cfg.several.nproc, sys.argv[1:]))
     from minillm.train.sft import sft as run_sft
 

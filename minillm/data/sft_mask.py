@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 from matplotlib.colors import ListedColormap
 
 from minillm import charts
-from minillm.data.sft_rows import LISTS, check_columns, read_batch
+from minillm.data.sft_rows import open_rows, read_batch
 from minillm.errors import InputError
 
 _BATCH_ROWS = 256
@@ -101,31 +99,19 @@ def visible(document: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
 
 def _read_row(path: Path, number: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Return which tokens of a row are learned, and which begin a dialogue."""
-    try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            names = [name for name in (*LISTS, "length") if name in file.schema_arrow.names]
-            check_columns(path, names)
-            if number >= file.metadata.num_rows:
-                raise InputError(
-                    f"`{path}` has {file.metadata.num_rows} rows, none is number {number}",
-                    hint="the first is `--show-mask 0`",
-                )
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            group = int(np.searchsorted(np.cumsum(groups), number, side="right"))
-            first = sum(groups[:group])
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names):
-                if number < first + batch.num_rows:
-                    row = batch.slice(number - first, 1)
-                    _, _, learned, starts = read_batch(path, number, row, _ANY_ID)
-                    return learned, starts
-                first += batch.num_rows
-    except FileNotFoundError:
-        raise InputError(
-            f"no rows at `{path}`", hint=f"`minillm prepare-sft --out {path}` makes them"
-        ) from None
-    except (pa.ArrowException, OSError) as err:
-        raise InputError(
-            f"`{path}` is not a readable parquet: {str(err).splitlines()[0]}",
-            hint=f"make it anew: `minillm prepare-sft --out {path}`",
-        ) from err
+    with open_rows(path) as (file, names):
+        if number >= file.metadata.num_rows:
+            raise InputError(
+                f"`{path}` has {file.metadata.num_rows} rows, none is number {number}",
+                hint="the first is `--show-mask 0`",
+            )
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        group = int(np.searchsorted(np.cumsum(groups), number, side="right"))
+        first = sum(groups[:group])
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names):
+            if number < first + batch.num_rows:
+                row = batch.slice(number - first, 1)
+                _, _, learned, starts = read_batch(path, number, row, _ANY_ID)
+                return learned, starts
+            first += batch.num_rows
     raise AssertionError("a row group holds fewer rows than it says")

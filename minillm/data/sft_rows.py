@@ -5,6 +5,8 @@ its id, and one each for "is learned" and "begins a dialogue". The price: a set 
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,29 @@ class SftRow:
     """Positions from 0 in each dialogue."""
 
 
+@contextmanager
+def open_rows(path: Path) -> Iterator[tuple[pq.ParquetFile, list[str]]]:
+    """Open an SFT parquet; give it and the columns of it that matter.
+
+    Raises:
+        InputError: It is missing or broken, here or while the block reads, or lacks a column.
+    """
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as file:
+            names = [name for name in (*LISTS, "length") if name in file.schema_arrow.names]
+            check_columns(path, names)
+            yield file, names
+    except FileNotFoundError:
+        raise InputError(
+            f"no dialogues at `{path}`", hint=f"`minillm prepare-sft --out {path}` makes them"
+        ) from None
+    except (pa.ArrowException, OSError) as err:
+        raise InputError(
+            f"`{path}` is not a readable parquet: {str(err).splitlines()[0]}",
+            hint=f"make it anew: `minillm prepare-sft --out {path}`",
+        ) from err
+
+
 class SftRows:
     """The rows of an SFT parquet."""
 
@@ -65,25 +90,13 @@ class SftRows:
         Raises:
             InputError: It is missing, broken, or a row contradicts itself; the row is named.
         """
-        try:
-            with pq.ParquetFile(path) as file:
-                names = [name for name in (*LISTS, "length") if name in file.schema_arrow.names]
-                check_columns(path, names)
-                metadata = _beside(path) | _metadata(file.schema_arrow.metadata or {})
-                dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-                parts, first = [], 0
-                for batch in file.iter_batches(_BATCH_ROWS, columns=names):
-                    parts.append(_Batch(path, first, batch).read(vocab_size, dtype))
-                    first += batch.num_rows
-        except FileNotFoundError:
-            raise InputError(
-                f"no dialogues at `{path}`", hint=f"`minillm prepare-sft --out {path}` makes them"
-            ) from None
-        except (pa.ArrowException, OSError) as err:
-            raise InputError(
-                f"`{path}` is not a readable parquet: {str(err).splitlines()[0]}",
-                hint=f"make it anew: `minillm prepare-sft --out {path}`",
-            ) from err
+        with open_rows(path) as (file, names):
+            metadata = _beside(path) | _metadata(file.schema_arrow.metadata or {})
+            dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+            parts, first = [], 0
+            for batch in file.iter_batches(_BATCH_ROWS, columns=names):
+                parts.append(_Batch(path, first, batch).read(vocab_size, dtype))
+                first += batch.num_rows
         if not first:
             raise InputError(f"`{path}` holds no row", hint="prepare some dialogues first")
         sizes, ids, learned, starts = (np.concatenate(part) for part in zip(*parts, strict=True))

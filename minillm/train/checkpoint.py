@@ -57,6 +57,7 @@ class CheckpointWriter:
             SetupError: The disk is full; earlier checkpoints are untouched. Raised here for the
                 write before, and by `wait` for this one.
         """
+        self.wait()  # before copying: never two copies of a run in memory
         job = self._job
         weights = _copies(job.model.state_dict(), keep=job.world.is_main)
         tensors = _copies(optimizer_tensors(job.model, optimizers), keep=job.world.is_main)
@@ -82,6 +83,7 @@ class CheckpointWriter:
 
     def save_weights(self, target: Path) -> None:
         """Copy the weights and write a model's folder: `final`, `best`."""
+        self.wait()
         job = self._job
         copies = _copies(job.model.state_dict(), keep=job.world.is_main)
         is_merged = job.lora is not None and job.world.is_main
@@ -93,7 +95,6 @@ class CheckpointWriter:
         self._begin(lambda: write_folder(target, fill))
 
     def _begin(self, write: Callable[[], None]) -> None:
-        self.wait()
         if self._job.world.is_main:
             self._pending = self._pool.submit(write)
 
@@ -101,6 +102,11 @@ class CheckpointWriter:
         """Raise what went wrong with a write that has ended; do not wait for one that has not."""
         if self._pending is not None and self._pending.done():
             self.wait()
+
+    def settle(self) -> None:
+        """Let a write end, well or not: what stops the run is another error."""
+        if self._pending is not None:
+            self._pending.exception()
 
     def wait(self) -> None:
         """Return when everything is on the disk; raise what went wrong."""

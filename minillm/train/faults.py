@@ -54,7 +54,9 @@ def handle_nonfinite(
     }
     bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
     if job.world.is_main:
-        values = {"step": step, "loss": found.loss, "norm": found.norm, "bad": bad, "norms": norms}
+        shown = {name: norm if math.isfinite(norm) else str(norm) for name, norm in norms.items()}
+        loss, norm = str(found.loss), str(found.norm)  # JSON has no NaN
+        values = {"step": step, "loss": loss, "norm": norm, "bad": bad, "norms": shown}
         text = json.dumps(values, indent=1)
         (folder / "report.json").write_text(text, encoding="utf-8")
     what = f"step {step}: loss is {found.loss}, gradient norm {found.norm}"

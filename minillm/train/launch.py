@@ -15,11 +15,6 @@ SAVE_TIMEOUT_S = 300
 """How long the processes may save after a signal, before they are killed."""
 
 
-def is_launched() -> bool:
-    """Tell whether this process was started by torchrun."""
-    return "WORLD_SIZE" in os.environ
-
-
 def launch(num_processes: int, arguments: Sequence[str]) -> int:
     """Run `minillm ARGUMENTS` in several processes on this machine; return the exit code.
 

@@ -312,7 +312,8 @@ class _Loop:
         self.timer += time.perf_counter() - paused
 
     def close(self) -> None:
-        """Flush the log."""
+        """Flush the log, and let a checkpoint that is being written become whole."""
+        self.writer.settle()
         if self.log is not None:
             self.log.close()
 

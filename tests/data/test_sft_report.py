@@ -88,7 +88,7 @@ def test_a_long_row_is_drawn_from_a_part_of_its_tokens(tmp_path: Path) -> None:
 
 
 def test_what_has_no_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no rows at"):
+    with pytest.raises(InputError, match="no dialogues at"):
         draw_mask(tmp_path / "none.parquet", 0)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but not really")
     with pytest.raises(InputError, match="not a readable parquet"):
