@@ -517,7 +517,12 @@ def test_router_bias_stays_in_fp32_in_a_bf16_model(model: Any, tmp_path: Path) -
     assert errors[0] < 1.3 * errors[1]
 
 
-def test_training_checkpoint_restores_experts_biases_and_optimizer(tmp_path: Path) -> None:
+def test_training_checkpoint_restores_experts_biases_and_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    from minillm.train import checkpoint as module
     from minillm.settings import BatchConfig, OptimConfig, ReportConfig
     from minillm.train.checkpoint import (
         CheckpointWriter,
@@ -550,9 +555,12 @@ def test_training_checkpoint_restores_experts_biases_and_optimizer(tmp_path: Pat
             optimizer.zero_grad()
 
     step(0)
+    stepped, write = threading.Event(), module.write_folder
+    monkeypatch.setattr(module, "write_folder", lambda *a: stepped.wait(60) and write(*a))
     writer = CheckpointWriter(job(0))
     writer.save_checkpoint(optimizers[0], TrainState())
-    step(0)  # while it is written: what is saved is what was there before
+    step(0)  # before it is written: what is saved is what was there before
+    stepped.set()
     writer.wait()
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
