@@ -522,8 +522,8 @@ def test_training_checkpoint_restores_experts_biases_and_optimizer(
 ) -> None:
     import threading
 
-    from minillm.train import checkpoint as module
     from minillm.settings import BatchConfig, OptimConfig, ReportConfig
+    from minillm.train import checkpoint as module
     from minillm.train.checkpoint import (
         CheckpointWriter,
         load_optimizers,
