@@ -18,10 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicCache
 
 from minillm.errors import InputError
-from minillm.models.sampling import Sampler, SamplingParams
+from minillm.models.sampling import Sampler, SamplingParams, TokenLogprob, measure_tokens
 from minillm.models.text_stream import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+PromptLogprobs = tuple[TokenLogprob | None, ...]
+
+PIECE_TOKENS = 256
+"""A prompt whose tokens are measured is fed in pieces of this size: their logits are large."""
 
 # private-use characters around the number of a content that is encoded apart
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -36,6 +41,10 @@ class Delta:
     token_ids: tuple[int, ...]
     """All tokens since the last piece, the end-of-text token included."""
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each of `token_ids`, if asked for."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """In the first piece, if asked for: one for each token of the prompt, None for its first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,8 @@ class Completion:
     """From the call to the first token."""
     decode_s: float
     """From the first token to the last."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Generator:
@@ -146,7 +157,7 @@ class Generator:
             InputError: The prompt is empty, too long or has an id outside the vocabulary. Raised
                 by the call, before anything is yielded.
         """
-        self._check(prompt_ids)
+        self._check(prompt_ids, params)
         return self._stream(prompt_ids, params, cancel or threading.Event(), [])
 
     def generate(
@@ -161,7 +172,7 @@ class Generator:
         Raises:
             InputError: As `stream`.
         """
-        self._check(prompt_ids)
+        self._check(prompt_ids, params)
         times: list[float] = [time.perf_counter()]
         deltas = list(self._stream(prompt_ids, params, cancel or threading.Event(), times))
         tokens = tuple(token for delta in deltas for token in delta.token_ids)
@@ -176,12 +187,16 @@ class Generator:
             completion_tokens=len(tokens),
             prefill_s=first - times[0],
             decode_s=times[-1] - first,
+            logprobs=None
+            if params.logprobs is None
+            else tuple(measured for delta in deltas for measured in delta.logprobs or ()),
+            prompt_logprobs=deltas[0].prompt_logprobs,
         )
 
-    def _check(self, prompt_ids: Sequence[int]) -> None:
+    def _check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         if not prompt_ids:
             raise InputError("the prompt is empty", hint="give at least one token")
-        if len(prompt_ids) >= self.max_context:
+        if len(prompt_ids) + min(1, params.max_tokens) > self.max_context:
             raise InputError(
                 f"the prompt has {len(prompt_ids)} tokens, the context holds {self.max_context}",
                 hint="shorten the prompt; the answer needs room too",
@@ -202,33 +217,35 @@ class Generator:
     ) -> Iterator[Delta]:
         """As `stream`; the time of every token is appended to `times`."""
         limit = min(params.max_tokens, self.max_context - len(prompt_ids))
-        eos_ids = self.eos_ids
+        ends = {*self.eos_ids, *params.stop_ids}
         text_stream = TextStream(self.tokenizer, params.stop)
-        pending: list[int] = []
+        pieces = _Pieces(params)
         reason: FinishReason = "length"
-        with_cache = self._begin(prompt_ids, limit)
+        cache = self._begin(prompt_ids, limit)
         ids = torch.tensor(prompt_ids, dtype=torch.long, device=self.model.device)
-        sampler = Sampler(params, ids, self.vocab_size, eos_ids)
+        sampler = Sampler(params, ids, self.vocab_size, self.eos_ids)
+        if params.prompt_logprobs is not None:
+            pieces.prompt_logprobs = self._measure(ids, cache, params.prompt_logprobs, cancel)
+            ids = ids[-1:]
         for _ in range(limit):
             if cancel.is_set():
                 reason = "cancelled"
                 break
-            ids = self._step(ids, with_cache, sampler)
+            ids, measured = self._step(ids, cache, sampler)
             token = int(ids)
             times.append(time.perf_counter())
-            pending.append(token)
-            if token in eos_ids:
+            pieces.add(token, measured)
+            if token in ends:
                 reason = "stop"
                 break
             text = text_stream.push(token)
             if text_stream.is_stopped:
-                yield Delta(text, tuple(pending), "stop")
+                yield pieces.take(text, "stop")
                 return
             if text:
-                yield Delta(text, tuple(pending), None)
-                pending.clear()
+                yield pieces.take(text, None)
         text = text_stream.finish()
-        yield Delta(text, tuple(pending), "stop" if text_stream.is_stopped else reason)
+        yield pieces.take(text, "stop" if text_stream.is_stopped else reason)
 
     def _begin(self, prompt_ids: Sequence[int], limit: int) -> Cache:
         make_cache = getattr(self.model, "make_cache", None)
@@ -237,11 +254,58 @@ class Generator:
         cache: Cache = make_cache(1, len(prompt_ids) + min(limit, 256))
         return cache
 
-    # a decorator, not a block in `_stream`: the mode would leak to the caller at every yield
+    # decorators, not blocks in `_stream`: the mode would leak to the caller at every yield
     @torch.inference_mode()
-    def _step(self, ids_T: Tensor, cache: Cache, sampler: Sampler) -> Tensor:
-        """Feed tokens, return the next one, `(1,)`."""
+    def _step(
+        self, ids_T: Tensor, cache: Cache, sampler: Sampler
+    ) -> tuple[Tensor, TokenLogprob | None]:
+        """Feed tokens, return the next one, `(1,)`, and how likely it was, if asked for."""
         output = self.model(
             input_ids=ids_T[None], past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        return sampler.next_token(output.logits[0, -1])
+        token = sampler.next_token(output.logits[0, -1])
+        num_top = sampler.params.logprobs
+        if num_top is None:
+            return token, None
+        return token, measure_tokens(output.logits[0, -1:], [int(token)], num_top)[0]
+
+    @torch.inference_mode()
+    def _measure(
+        self, ids_T: Tensor, cache: Cache, num_top: int, cancel: threading.Event
+    ) -> PromptLogprobs:
+        """Feed all but the last token; return how likely each was after those before it."""
+        found: list[TokenLogprob | None] = [None]
+        for start in range(0, len(ids_T) - 1, PIECE_TOKENS):
+            if cancel.is_set():
+                break
+            end = min(start + PIECE_TOKENS, len(ids_T) - 1)
+            output = self.model(
+                input_ids=ids_T[None, start:end], past_key_values=cache, use_cache=True
+            )
+            found += measure_tokens(output.logits[0], ids_T[start + 1 : end + 1].tolist(), num_top)
+        return tuple(found)
+
+
+class _Pieces:
+    """Collects what the next Delta carries."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: PromptLogprobs | None = None
+
+    def add(self, token: int, measured: TokenLogprob | None) -> None:
+        """Note a token and its log-probability, if that is asked for."""
+        self._tokens.append(token)
+        if self._logprobs is not None and measured is not None:
+            self._logprobs.append(measured)
+
+    def take(self, text: str, reason: FinishReason | None) -> Delta:
+        """Return the Delta for all since the last call."""
+        logprobs = None if self._logprobs is None else tuple(self._logprobs)
+        delta = Delta(text, tuple(self._tokens), reason, logprobs, self.prompt_logprobs)
+        self.prompt_logprobs = None
+        self._tokens.clear()
+        if self._logprobs is not None:
+            self._logprobs.clear()
+        return delta

@@ -7,13 +7,40 @@ V vocabulary
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from minillm.errors import ConfigError
+
+MAX_TOP_LOGPROBS = 20
+
+
+class Constraint(Protocol):
+    """What may come next in one answer, e.g. by a grammar; it moves with every token."""
+
+    def mask_V(self) -> Tensor:  # noqa: N802 - shape suffix
+        """Return which tokens may come next, bool, `(V,)`; never none of them.
+
+        An answer that is complete allows only an end-of-text token.
+        """
+
+    def accept(self, token: int) -> None:
+        """Note the token that came."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and how likely the model found it, before temperature, penalties and bias."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm of the probability."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens at this place and their log-probabilities, likeliest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +69,19 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens."""
     max_tokens: int = 256
-    """Longest answer."""
+    """Longest answer; 0 only with `prompt_logprobs`."""
     min_tokens: int = 0
-    """The end-of-text token is impossible before."""
+    """End-of-text and `stop_ids` are impossible before."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer, and are not part of it."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the answer, beside the model's own; their text is not part of it."""
+    logprobs: int | None = None
+    """Report each token's log-probability and this many of the likeliest, 0 to 20."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt; the first one has none."""
+    constraint: Callable[[], Constraint] | None = None
+    """Makes the state that says which tokens may come, one for each answer."""
     seed: int | None = None
     """Makes the draws repeatable."""
 
@@ -59,8 +94,14 @@ class SamplingParams:
         _check("repetition_penalty", self.repetition_penalty, 0, math.inf, above_low=True)
         _check("frequency_penalty", self.frequency_penalty, -math.inf, math.inf)
         _check("presence_penalty", self.presence_penalty, -math.inf, math.inf)
-        _check("max_tokens", self.max_tokens, 1, math.inf)
+        _check("max_tokens", self.max_tokens, int(self.prompt_logprobs is None), math.inf)
         _check("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check("logprobs", self.logprobs or 0, 0, MAX_TOP_LOGPROBS)
+        _check("prompt_logprobs", self.prompt_logprobs or 0, 0, MAX_TOP_LOGPROBS)
+        if self.min_tokens and self.constraint:  # the end may be all that a grammar allows
+            raise ConfigError("`min_tokens` and a grammar exclude each other", hint="drop one")
+        for token in self.stop_ids:
+            _check("stop_ids", token, 0, math.inf)
         for token, bias in self.logit_bias.items():
             _check("logit_bias", token, 0, math.inf)
             if math.isnan(bias):
@@ -130,6 +171,28 @@ def keep_min_p(logits_V: Tensor, p: float) -> Tensor:
     return logits_V.masked_fill(logits_V < limit, -math.inf)
 
 
+# ------------------------------------------------------------------------------ log-probabilities
+
+
+def measure_tokens(logits_NV: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Return the log-probability of one token per row, and of the `num_top` likeliest.
+
+    Args:
+        logits_NV: As the model gave them.
+        token_ids: N tokens.
+        num_top: 0 or more.
+    """
+    logprobs_NV = logits_NV.float().log_softmax(-1)
+    ids_N = torch.tensor(token_ids, dtype=torch.long, device=logits_NV.device)
+    own = logprobs_NV.gather(-1, ids_N[:, None])[:, 0].tolist()
+    best = logprobs_NV.topk(min(num_top, logprobs_NV.shape[-1]))
+    tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        TokenLogprob(token, logprob, tuple(zip(*top, strict=True)))
+        for token, logprob, top in zip(token_ids, own, tops, strict=True)
+    ]
+
+
 # ------------------------------------------------------------------------------------ composition
 
 
@@ -151,10 +214,12 @@ class Sampler:
             self._draw.seed()
         else:
             self._draw.manual_seed(params.seed)
-        self._eos = torch.tensor(eos_ids, dtype=torch.long, device=device)
+        self._constraint = params.constraint() if params.constraint else None
+        ends = [token for token in {*eos_ids, *params.stop_ids} if token < vocab_size]
+        self._ends = torch.tensor(ends, dtype=torch.long, device=device)
         tokens = [token for token in params.logit_bias if token < vocab_size]
         self._bias_ids = torch.tensor(tokens, dtype=torch.long, device=device)
-        self._bias = torch.tensor([params.logit_bias[token] for token in tokens], device=device)
+        self._bias = torch.tensor([float(params.logit_bias[t]) for t in tokens], device=device)
         if params.has_penalty:
             self._seen_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
             self._seen_V[prompt_ids] = True
@@ -171,21 +236,26 @@ class Sampler:
         if self.params.has_penalty:
             self._seen_V[token] = True
             self._counts_V[token] += 1
+        if self._constraint is not None:
+            self._constraint.accept(int(token))
         return token
 
     def adjust(self, logits_V: Tensor) -> Tensor:
-        """Apply every rule that is on: bias, penalties, temperature, top-k, top-p, min-p."""
+        """Apply every rule that is on: bias, penalties, grammar, temperature, top-k/p, min-p."""
         params = self.params
         if len(self._bias_ids):
             logits_V = logits_V.index_add(0, self._bias_ids, self._bias)
-        if self.num_tokens < params.min_tokens and len(self._eos):
-            logits_V = logits_V.index_fill(0, self._eos, -math.inf)
+        if self.num_tokens < params.min_tokens and len(self._ends):
+            logits_V = logits_V.index_fill(0, self._ends, -math.inf)
         if params.repetition_penalty != 1:
             logits_V = apply_repetition_penalty(logits_V, self._seen_V, params.repetition_penalty)
         if params.frequency_penalty or params.presence_penalty:
             logits_V = apply_count_penalties(
                 logits_V, self._counts_V, params.frequency_penalty, params.presence_penalty
             )
+        if self._constraint is not None:
+            allowed_V = self._constraint.mask_V().to(logits_V.device)
+            logits_V = logits_V.masked_fill(~allowed_V, -math.inf)
         if params.is_greedy:
             return logits_V
         logits_V = logits_V / params.temperature

@@ -19,6 +19,17 @@ from minillm.models.generator import Delta, FinishReason, Generator
 from minillm.models.sampling import SamplingParams
 from minillm.models.text_stream import TextStream
 
+UNKNOWN = (
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+    "min_tokens",
+    "logprobs",
+    "prompt_logprobs",
+    "constraint",
+)
+"""Settings that this source refuses."""
+
 Outbox = queue.Queue[int | BaseException | None]
 
 
@@ -38,9 +49,9 @@ class TransformersSource(Generator):
             ConfigError: `params` asks for something that `generate` has no counterpart of.
             InputError: As `Generator.stream`.
         """
-        self._check(prompt_ids)
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias", "min_tokens"):
-            if getattr(params, name):
+        self._check(prompt_ids, params)
+        for name in UNKNOWN:
+            if getattr(params, name) not in (0, None, {}):
                 raise ConfigError(
                     f"`--backend transformers` has no `{name}`", hint="try `--backend generator`"
                 )
@@ -59,13 +70,14 @@ class TransformersSource(Generator):
         thread.start()
         text_stream = TextStream(self.tokenizer, params.stop)
         pending: list[int] = []
+        ends = {*self.eos_ids, *params.stop_ids}
         reason: FinishReason = "length"
         try:
             while (item := outbox.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 pending.append(item)
-                if item in self.eos_ids:
+                if item in ends:
                     reason = "stop"
                     continue
                 text = text_stream.push(item)
@@ -113,7 +125,7 @@ class TransformersSource(Generator):
         values: dict[str, Any] = {
             "max_new_tokens": limit,
             "repetition_penalty": params.repetition_penalty,
-            "eos_token_id": list(self.eos_ids) or None,
+            "eos_token_id": [*self.eos_ids, *params.stop_ids] or None,
             "pad_token_id": 0 if pad is None else pad,
             "num_beams": 1,
             "do_sample": not params.is_greedy,
