@@ -88,10 +88,12 @@ class Generator:
         found = {self.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}
         return tuple(sorted(int(token) for token in found if token is not None))
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, enable_think: bool = False
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Return the ids of a conversation and the opening of the answer.
+
+        Args:
+            messages: Turns as the template reads them.
+            options: Variables of the template, e.g. `enable_think=True`, `tools=[…]`.
 
         Raises:
             InputError: The tokenizer has no chat template, or the template refuses the messages.
@@ -107,9 +109,9 @@ class Generator:
                 [self._shield(message, contents) for message in messages],
                 add_generation_prompt=True,
                 tokenize=False,
-                enable_think=enable_think,
+                **options,
             )
-        except (TemplateError, TypeError, KeyError) as err:
+        except (TemplateError, TypeError, KeyError, ValueError) as err:
             raise InputError(f"the chat template refuses these messages: {err}") from err
         ids: list[int] = []
         # odd pieces are numbers of shielded contents, see `_shield`
@@ -122,7 +124,7 @@ class Generator:
             )["input_ids"]
         return ids
 
-    def _shield(self, message: Mapping[str, str], contents: list[str]) -> dict[str, str]:
+    def _shield(self, message: Mapping[str, Any], contents: list[str]) -> dict[str, Any]:
         """Take a content that spells a control token out of the text, so that it stays text.
 
         What a user types must not end a turn or begin another. Ordinary contents pass as they
@@ -219,7 +221,7 @@ class Generator:
         limit = min(params.max_tokens, self.max_context - len(prompt_ids))
         ends = {*self.eos_ids, *params.stop_ids}
         text_stream = TextStream(self.tokenizer, params.stop)
-        pieces = _Pieces(params)
+        pieces = Pieces(params)
         reason: FinishReason = "length"
         cache = self._begin(prompt_ids, limit)
         ids = torch.tensor(prompt_ids, dtype=torch.long, device=self.model.device)
@@ -286,7 +288,7 @@ class Generator:
         return tuple(found)
 
 
-class _Pieces:
+class Pieces:
     """Collects what the next Delta carries."""
 
     def __init__(self, params: SamplingParams) -> None:
