@@ -11,14 +11,18 @@ characters nor in the first documents of any shard would go unseen; none such is
 
 import contextlib
 import importlib.util
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from minillm.data.worker_pool import start_pool, worker_died
 from minillm.errors import SetupError
 from minillm.log import Progress, Silent, logger
 
@@ -72,7 +76,12 @@ class EncoderPlan:
 
 
 def plan_encoder(
-    tree: str, backend: str, size_bytes: int, progress: Progress | None = None
+    tree: str,
+    backend: str,
+    size_bytes: int,
+    progress: Progress | None = None,
+    *,
+    apart: bool = False,
 ) -> EncoderPlan:
     """Choose the library.
 
@@ -81,8 +90,10 @@ def plan_encoder(
         backend: `gigatoken`, `tokenizers`, or `auto`: gigatoken if it is there and it pays.
         size_bytes: Of the input, on disk.
         progress: Told which it is.
+        apart: Compare the libraries in another process, for this one shall not encode.
 
     Raises:
+        RunError: That process died.
         SetupError: gigatoken is asked for by name and not installed.
     """
     plain, say = EncoderPlan(tree, is_fast=False), (progress or Silent()).line
@@ -99,16 +110,38 @@ def plan_encoder(
             "as fast"
         )
         return plain
-    try:
-        fast, slow = _load_fast(tree), _load_slow(tree)
-        _compare(fast, slow, list(_PROBE_TEXTS))
-        odd = _find_odd(fast, slow)
-    except (Mismatch, RuntimeError, ValueError, TypeError) as err:
-        why = str(err).strip().splitlines() or [type(err).__name__]
-        logger.warning("encoding with tokenizers, for gigatoken will not do: %s", why[0])
+    odd, why = _probe_apart(tree) if apart else _probe(tree)
+    if why:
+        logger.warning("encoding with tokenizers, for gigatoken will not do: %s", why)
         return plain
     say("encoding with gigatoken, compared with tokenizers all along")
     return EncoderPlan(tree, is_fast=True, odd=odd)
+
+
+def _probe(tree: str) -> tuple[tuple[int, ...], str]:
+    """Return the characters on which the libraries differ, and why gigatoken will not do."""
+    try:
+        fast, slow = _load_fast(tree), _load_slow(tree)
+        _compare(fast, slow, list(_PROBE_TEXTS))
+        return _find_odd(fast, slow), ""
+    except (Mismatch, RuntimeError, ValueError, TypeError) as err:
+        why = str(err).strip().splitlines() or [type(err).__name__]
+        return (), why[0]
+
+
+def _probe_apart(tree: str) -> tuple[tuple[int, ...], str]:
+    """Do `_probe` in a process whose 200 MB go when it ends."""
+    with tempfile.TemporaryDirectory(prefix="minillm-") as scratch, start_pool(1) as pool:
+        place = Path(scratch) / "tokenizer.json"  # a file: see `workers.worker_pool`
+        place.write_text(tree, encoding="utf-8")
+        try:
+            return pool.submit(_probe_file, place).result()
+        except BrokenProcessPool as err:
+            raise worker_died() from err
+
+
+def _probe_file(place: Path) -> tuple[tuple[int, ...], str]:
+    return _probe(place.read_text(encoding="utf-8"))
 
 
 class Encoder:

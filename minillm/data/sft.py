@@ -80,7 +80,8 @@ def _prepare(cfg: PrepareSftConfig, backend: str, progress: Progress) -> SftRepo
     make_encoder(tokenizer)
     files = find_dialogue_files(paths.resolve(cfg.data, paths.BUNDLED_DIALOGUES), without=cfg.out)
     size_bytes = sum(file.stat().st_size for file in files)
-    plan = plan_encoder(plain_json(tokenizer), backend, size_bytes)
+    num_workers = count_workers(cfg.workers, size_bytes, _WORKER_BYTES)
+    plan = plan_encoder(plain_json(tokenizer), backend, size_bytes, apart=num_workers > 1)
     rule = Rule(
         tokenizer=folder,
         fingerprint=fingerprint(folder),
@@ -90,7 +91,6 @@ def _prepare(cfg: PrepareSftConfig, backend: str, progress: Progress) -> SftRepo
         min_tokens=cfg.min_tokens,
         max_tokens=cfg.sequence_length,
     )
-    num_workers = count_workers(cfg.workers, size_bytes, _WORKER_BYTES)
     with _work_folder(cfg.out) as work, start_workers(num_workers) as workers:
         plain = unpack(files, work, rule.fingerprint, len(tokenizer), progress)
         plain += write_identity(_identity(cfg), work)

@@ -158,9 +158,9 @@ class _Maker:
                 self._reports.append(TokenizeReport(job.out, found, is_new=False))
         if todo:
             size_bytes = total_bytes([file for job, _ in todo for file in job.files])
-            self._make(
-                todo, plan_encoder(self._tree, backend, size_bytes, self._progress), size_bytes
-            )
+            workers = count_workers(self._cfg.workers, size_bytes, WORKER_BYTES)
+            plan = plan_encoder(self._tree, backend, size_bytes, self._progress, apart=workers > 1)
+            self._make(todo, plan, workers, size_bytes)
         return self._reports
 
     def forget(self) -> None:
@@ -173,8 +173,9 @@ class _Maker:
                 report.path.unlink()
         self._begun, self._reports = [], []
 
-    def _make(self, todo: list[tuple[Job, str]], plan: EncoderPlan, size_bytes: int) -> None:
-        workers = count_workers(self._cfg.workers, size_bytes, WORKER_BYTES)
+    def _make(
+        self, todo: list[tuple[Job, str]], plan: EncoderPlan, workers: int, size_bytes: int
+    ) -> None:
         self._encoder = Encoder(plan) if workers == 1 else None
         with (
             contextlib.ExitStack() as locks,
