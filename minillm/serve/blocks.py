@@ -77,9 +77,7 @@ class BlockPool:
 
         Where there is a recurrent state, the last of them has it.
         """
-        found: list[Block] = []
-        for block in self._walk(tokens, most):
-            found.append(block)
+        found = list(self._walk(tokens, most))
         while self.state_cost and found and not found[-1].has_state:
             found.pop()
         self._touch(found)
