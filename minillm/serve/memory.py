@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import psutil
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,6 +14,9 @@ from minillm.models.slot_cache import layer_kinds
 from minillm.serve.blocks import BlockPool
 from minillm.serve.runner import Runner
 from minillm.serve.scheduler import Scheduler
+
+FREE_SHARE = 0.25
+"""Of the free memory, for a cache whose size nobody has given."""
 
 Speculate = Literal["off", "ngram", "mtp"]
 
@@ -23,7 +28,8 @@ class EngineSettings:
     max_running: int = 16
     """Answers at a time."""
     cache_tokens: int = 0
-    """Tokens that fit into the cache; 0: `max_running` times half the context."""
+    """Tokens that fit into the cache; 0: `max_running` times half the context, but at most a
+    quarter of the memory that is free."""
     prefill_chunk: int = 256
     """Prompt tokens computed in one step, beside one token of each running answer."""
     block_size: int = 32
@@ -97,24 +103,32 @@ def fit(model: PreTrainedModel, settings: EngineSettings) -> tuple[Runner, Sched
     if min(settings.max_running, settings.prefill_chunk, settings.block_size) < 1:
         raise ConfigError("`max_running`, `prefill_chunk` and `block_size` must be at least 1")
     context, size = int(model.config.max_position_embeddings), settings.block_size
-    num_tokens = settings.cache_tokens or max(context, settings.max_running * context // 2)
-    num_blocks = max(1, num_tokens // size)
+    given = max(1, settings.cache_tokens // size)
     runner = Runner(
         model,
         num_slots=settings.max_running,
-        max_tokens=min(context, num_blocks * size),
+        max_tokens=min(context, given * size) if settings.cache_tokens else context,
         uses_mtp=settings.speculate == "mtp",
         block_size=size,
         decode=settings.decode,
         round_to=settings.round_to,
     )
-    cache = runner.cache
-    state_cost = -(-cache.size_of_state() // (cache.size_of_token() * size))
+    block_bytes = runner.cache.size_of_token() * size
+    wanted = max(context, settings.max_running * context // 2) // size
+    has_room = int(FREE_SHARE * free_memory(model.device)) // block_bytes
+    num_blocks = given if settings.cache_tokens else max(1, min(wanted, has_room))
     scheduler = Scheduler(
-        BlockPool(num_blocks, size, state_cost),
+        BlockPool(num_blocks, size, -(-runner.cache.size_of_state() // block_bytes)),
         max_running=settings.max_running,
         prefill_chunk=settings.prefill_chunk,
         has_state=runner.has_state,
         keeps_prefixes=settings.keeps_prefixes,
     )
     return runner, scheduler
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

@@ -11,10 +11,15 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minillm.errors import ConfigError, SetupError
 from minillm.models.generator import Generator
+from minillm.serve.engine import Engine
+from minillm.serve.engine_backend import EngineBackend
 from minillm.serve.http import create_app
+from minillm.serve.memory import EngineSettings, supports_engine
+from minillm.serve.native import TransformersSource
 from minillm.serve.schema import Defaults
 from minillm.serve.source import find_source, load, short_name
 from minillm.serve.worker import Worker
@@ -44,7 +49,7 @@ def run_server(config: ServeConfig, announce: Callable[[str], None]) -> None:
         announce(f"loading `{source}`")
         model, tokenizer = load(source, device=config.device, precision=config.precision)
         name = config.served_model_name or short_name(source)
-        worker = Worker(Generator(model, tokenizer), max_waiting=config.max_waiting)
+        worker = make_backend(model, tokenizer, config, announce)
         app = create_app(
             worker,
             model=name,
@@ -58,6 +63,32 @@ def run_server(config: ServeConfig, announce: Callable[[str], None]) -> None:
             worker.close()
     if server.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+def make_backend(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    config: ServeConfig,
+    announce: Callable[[str], None],
+) -> EngineBackend | Worker:
+    """Return what answers: the engine, if the model is one that it can run.
+
+    Raises:
+        ConfigError: The engine's settings do not fit the model.
+    """
+    if config.backend == "engine" and supports_engine(model):
+        settings = EngineSettings(
+            max_running=config.max_running,
+            cache_tokens=config.cache_tokens,
+            prefill_chunk=config.prefill_chunk,
+            speculate=config.speculate,
+        )
+        engine = Engine(model, tokenizer, settings)
+        return EngineBackend(engine, max_waiting=config.max_waiting)
+    if config.backend == "engine":
+        announce("note: this model has layers that the engine does not know; one answer at a time")
+    make = TransformersSource if config.backend == "transformers" else Generator
+    return Worker(make(model, tokenizer), max_waiting=config.max_waiting)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -17,11 +17,13 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from minillm.errors import InputError, MinillmError
+from minillm.errors import ConfigError, InputError, MinillmError
 from minillm.models.generator import Generator
 from minillm.serve.backend import TokenSource
 from minillm.serve.chat import Session
 from minillm.serve.commands import Commands
+from minillm.serve.engine import Engine
+from minillm.serve.memory import EngineSettings, supports_engine
 from minillm.serve.native import TransformersSource
 from minillm.serve.source import find_source, load, short_name
 from minillm.serve.think import Part
@@ -45,16 +47,31 @@ def run_chat(config: ChatConfig, prompt: str, announce: Callable[[str], None]) -
     if not is_filter:
         announce(f"loading `{place}`")
     model, tokenizer = load(place, device=config.device, precision=config.precision)
-    make: Callable[..., TokenSource] = Generator
-    if config.backend == "transformers":
-        make = TransformersSource
-    session = Session(make(model, tokenizer), config.sampling, config.system)
+    session = Session(make_source(config, model, tokenizer), config.sampling, config.system)
     if is_filter:
         write_answer(session.ask(prompt), sys.stdout)
         return
     name, limit = short_name(place), session.source.max_context
     announce(f"{name} · context {limit} tokens · /help lists the commands")
     Terminal(session, sys.stdout).run()
+
+
+def make_source(config: ChatConfig, model: Any, tokenizer: Any) -> TokenSource:
+    """Return what makes the tokens.
+
+    Raises:
+        ConfigError: The engine cannot run this model.
+    """
+    if config.backend == "transformers":
+        return TransformersSource(model, tokenizer)
+    if config.backend == "generator":
+        return Generator(model, tokenizer)
+    if not supports_engine(model):
+        raise ConfigError(
+            "`--backend engine` cannot run this model: it has layers that the engine does not know",
+            hint="leave `--backend` out",
+        )
+    return Engine(model, tokenizer, EngineSettings(max_running=1))
 
 
 def read_message(stream: TextIO) -> str:

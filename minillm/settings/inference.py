@@ -38,7 +38,8 @@ class ChatConfig:
         str, Doc("Run folder, model folder or hub id; `auto` is the newest SFT run.")
     ] = "auto"
     backend: Annotated[
-        Literal["generator", "transformers"], Doc("Ours, or transformers' own `generate`.")
+        Literal["generator", "engine", "transformers"],
+        Doc("The short path, the server's engine, or transformers' own `generate`."),
     ] = "generator"
     device: Device = "auto"
     precision: Annotated[Precision, Doc("Dtype of the weights.")] = "auto"
@@ -63,6 +64,21 @@ class ServeConfig:
     api_key: Annotated[str, Doc("Key that clients must send; empty: none.")] = ""
     temperature: Annotated[float, Doc("For requests that choose none; 0 is greedy.")] = 0.7
     top_p: Annotated[float, Doc("For requests that choose none.")] = 0.9
+    backend: Annotated[
+        Literal["engine", "generator", "transformers"],
+        Doc("`engine`: many answers at once; the others: one after another."),
+    ] = "engine"
+    max_running: Annotated[int, Doc("Answers that the engine makes at a time.")] = 16
+    cache_tokens: Annotated[
+        int, Doc("Tokens that the engine's cache holds; 0: by context and free memory.")
+    ] = 0
+    prefill_chunk: Annotated[
+        int, Doc("Prompt tokens computed between two tokens of the running answers.")
+    ] = 256
+    speculate: Annotated[
+        Literal["off", "ngram", "mtp"],
+        Doc("Guess tokens ahead, from the text so far or by mini_deepseekv3's own block."),
+    ] = "off"
     max_waiting: Annotated[int, Doc("Requests that may wait; one more gets a 429.")] = 64
     drain_s: Annotated[int, Doc("Seconds that running answers get when the server stops.")] = 10
 
@@ -70,7 +86,8 @@ class ServeConfig:
         """Reject values that no server can use."""
         check_range(self, "port", 0, 65_535)
         check_range(self, "temperature", 0, 2)
-        check_positive(self, "top_p", "max_waiting")
+        check_positive(self, "top_p", "max_waiting", "max_running", "prefill_chunk")
+        check_range(self, "cache_tokens", 0, 10**12)
         check_range(self, "top_p", 0, 1)
         check_range(self, "drain_s", 0, 3600)
 
