@@ -1,12 +1,13 @@
 """The two seams of serving, as small as they can be.
 
 `TokenSource` is what makes tokens: `Generator`, or transformers' own `generate`. `Backend` is what
-the HTTP layer asks of a queue before it: `Worker`, one generation at a time in one thread.
+the HTTP layer asks of a queue before it: `Worker`, one generation at a time in one thread, or the
+engine. `minillm.serve.texts.TextSide` is the half of a backend that both share.
 """
 
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from minillm.models.generator import Delta
@@ -26,9 +27,11 @@ class TokenSource(Protocol):
     def vocab_size(self) -> int:
         """Ids from 0 below this one exist."""
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, enable_think: bool = False
-    ) -> list[int]:
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Return the ids of a conversation and the opening of the answer."""
 
     def stream(
@@ -47,6 +50,20 @@ class Run:
 
     prompt_ids: Sequence[int]
     params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What a backend is doing now."""
+
+    num_running: int
+    """Answers in work."""
+    num_waiting: int
+    """Requests that wait for their turn."""
+    cache_usage: float = 0.0
+    """Share of the cache in use, 0 to 1."""
+    counters: Mapping[str, float] = field(default_factory=dict)
+    """More totals since the start, e.g. `prefix_hit_tokens`; they only grow."""
 
 
 class Job(Protocol):
@@ -77,17 +94,37 @@ class Backend(Protocol):
     def is_alive(self) -> bool:
         """Whether jobs can still be done."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, think: bool) -> list[int]:
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
+
+    @property
+    def template(self) -> str:
+        """The chat template's text; empty if there is none."""
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Return the ids of a conversation and the opening of the answer."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of plain text."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids."""
+        """Return the text of ids, special tokens included."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for."""
 
     def max_prompt_bytes(self) -> int:
         """Return a size in UTF-8 bytes above which no prompt can fit the context."""
+
+    def stats(self) -> Stats:
+        """Return what is being done now; quick, from any thread."""
 
     def submit(self, runs: Sequence[Run]) -> Job:
         """Admit the runs of one request, all or none.

@@ -147,7 +147,7 @@ class Api:
         messages = call.plain_messages()
         self._check_size((turn["content"] for turn in messages), "messages")
         think = call.chat_template_kwargs.enable_think
-        ids = await asyncio.to_thread(self._backend.encode_chat, messages, think=think)
+        ids = await asyncio.to_thread(self._backend.encode_chat, messages, {"enable_think": think})
         inside = await asyncio.to_thread(self._backend.decode, ids[-TAIL:])
         runs = self._runs(call, [ids], "messages")
         reply = ChatReply(self._model, len(ids), call.n, inside=inside.rstrip().endswith(OPEN))

@@ -5,17 +5,17 @@ requests wait for each other; there is no batching.
 """
 
 import asyncio
-import functools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import torch
 
 from minillm.models.generator import Delta
-from minillm.serve.backend import Run, TokenSource
+from minillm.serve.backend import Run, Stats, TokenSource
 from minillm.serve.problems import overloaded, unavailable
+from minillm.serve.texts import TextSide
 
 logger = logging.getLogger("minillm")
 
@@ -51,7 +51,7 @@ class WorkerJob:
             self.post(None)
 
 
-class Worker:
+class Worker(TextSide):
     """The `Backend` with one generator in one thread."""
 
     def __init__(self, generator: TokenSource, *, max_waiting: int = 64) -> None:
@@ -61,23 +61,14 @@ class Worker:
             generator: What makes the tokens; only the thread streams from it.
             max_waiting: Requests that may wait while one is in work; one more is refused.
         """
-        self._generator, self._max_waiting = generator, max_waiting
+        super().__init__(generator)
+        self._max_waiting = max_waiting
         self._waiting: deque[WorkerJob] = deque()
         self._current: WorkerJob | None = None
         self._changed = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._work, name="minillm-generate", daemon=True)
         self._thread.start()
-
-    @property
-    def max_context(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
-        return self._generator.max_context
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids from 0 below this one exist."""
-        return self._generator.vocab_size
 
     @property
     def is_alive(self) -> bool:
@@ -90,25 +81,10 @@ class Worker:
         with self._changed:
             return len(self._waiting) + (self._current is not None)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, think: bool) -> list[int]:
-        """Return the ids of a conversation and the opening of the answer."""
-        return self._generator.encode_chat(messages, enable_think=think)
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of plain text."""
-        return [int(index) for index in self._generator.tokenizer.encode(text)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, special tokens included."""
-        return str(self._generator.tokenizer.decode(list(ids), skip_special_tokens=False))
-
-    def max_prompt_bytes(self) -> int:
-        """Return the size of a context full of the longest token."""
-        return self._longest_token_bytes * self.max_context
-
-    @functools.cached_property
-    def _longest_token_bytes(self) -> int:
-        return max(len(token.encode()) for token in self._generator.tokenizer.get_vocab())
+    def stats(self) -> Stats:
+        """Return what is being done now."""
+        with self._changed:
+            return Stats(num_running=int(self._current is not None), num_waiting=len(self._waiting))
 
     def submit(self, runs: Sequence[Run]) -> WorkerJob:
         """Admit a request.

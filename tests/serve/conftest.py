@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -21,11 +22,17 @@ MODEL = "lab/scripted"
 class ByteTokenizer:
     """One token per UTF-8 byte."""
 
-    def encode(self, text: str) -> list[int]:
+    chat_template = "{% if enable_think %}<think>{% endif %}"
+    added_tokens_decoder: Mapping[int, Any] = {}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode("utf-8", "replace")
+
+    def convert_ids_to_tokens(self, index: int) -> str:
+        return f"<0x{index:02X}>"
 
     def get_vocab(self) -> dict[str, int]:
         return {chr(index): index for index in range(256)}
@@ -47,12 +54,13 @@ class ScriptedGenerator:
     def __init__(self, max_context: int = 400, delay_s: float = 0.01) -> None:
         self.tokenizer = ByteTokenizer()
         self.max_context, self.vocab_size, self.delay_s = max_context, 256, delay_s
+        self.eos_ids: tuple[int, ...] = ()
         self.seen: list[SamplingParams] = []
         self.prompts: list[str] = []
         self.num_running = 0
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, enable_think: bool = False
+        self, messages: Sequence[Mapping[str, Any]], *, enable_think: bool = False
     ) -> list[int]:
         text = "".join(f"[{turn['role']}]{turn['content']}" for turn in messages)
         return self.tokenizer.encode(text + "[assistant]" + ("<think>\n" if enable_think else ""))
