@@ -72,8 +72,8 @@ def test_a_parent_sets_its_own_defaults_of_a_shared_table() -> None:
 
 
 def test_pairs_and_switches_reach_the_config() -> None:
-    cfg = run(PretrainConfig, "--betas", "0.8", "0.9", "--doc-mask").seen
-    assert (cfg.optim.betas, cfg.doc_mask) == ((0.8, 0.9), True)
+    cfg = run(PretrainConfig, "--betas", "0.8", "0.9", "--no-doc-mask").seen
+    assert (cfg.optim.betas, cfg.doc_mask) == ((0.8, 0.9), False)
 
 
 def test_a_parameter_of_the_command_takes_the_place_of_a_flag(tmp_path: Path) -> None:

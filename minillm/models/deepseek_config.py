@@ -74,7 +74,7 @@ class MiniDeepseekV3Config(PreTrainedConfig):
     # step of the router's bias, and the weight of the balance loss
     num_nextn_predict_layers: int = 1
     mtp_loss_weight: int | float = 0.3
-    router_bias_update_speed: int | float = 0.001
+    router_bias_update_speed: int | float = 0.01
     aux_loss_alpha: int | float = 0.0001
     # transformers knows one kind of router and does not write these; vLLM, SGLang and llama.cpp
     # read them, and otherwise take another kind

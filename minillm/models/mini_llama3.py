@@ -383,6 +383,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 1_024,
     },
+    "nano": {  # 1.5M at 6,144 tokens: recipes compared on one CPU core
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1_024,
+    },
 }
 
 AutoConfig.register("mini_llama3", MiniLlama3Config, exist_ok=True)

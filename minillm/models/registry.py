@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ARCHITECTURES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "mini_llama3": ("minillm.models.mini_llama3", ("", "small", "tiny")),
+    "mini_llama3": ("minillm.models.mini_llama3", ("", "small", "tiny", "nano")),
     "mini_deepseekv3": ("minillm.models.mini_deepseekv3", ("", "small", "tiny")),
     "mini_qwen3_next": (
         "minillm.models.mini_qwen3_next",

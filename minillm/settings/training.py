@@ -19,7 +19,9 @@ class OptimConfig:
         Literal["muon", "adamw"],
         Doc("`muon`: Muon on the matrices, AdamW on the rest. `adamw`: AdamW on all."),
     ] = "muon"
-    lr: Annotated[float, Doc("Peak learning rate of AdamW.")] = 1e-3
+    lr: Annotated[
+        float, Doc("Peak learning rate of AdamW; 0: by the width of the model, docs/training.md.")
+    ] = 0.0
     muon_lr: Annotated[float, Doc("Peak learning rate of Muon.")] = 2e-2
     betas: Annotated[tuple[float, float], Doc("AdamW beta1 and beta2.")] = (0.9, 0.95)
     weight_decay: Annotated[float, Doc("Decoupled weight decay of the matrices.")] = 0.1
@@ -37,7 +39,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
-        check_positive(self, "lr", "muon_lr")
+        check_positive(self, "muon_lr", *(("lr",) if self.lr else ()))
         for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
             check_range(self, name, 0, 1)
 
@@ -120,7 +122,7 @@ class PretrainConfig:
     epochs: Annotated[float, Doc("Passes over the data.")] = 1.0
     steps: Annotated[int, Doc("Optimizer steps; 0 follows --epochs.")] = 0
     seed: Annotated[int, Doc("Seed of weights, data order and dropout.")] = 0
-    doc_mask: Annotated[bool, Doc("Documents in a row do not see each other.")] = False
+    doc_mask: Annotated[bool, Doc("Documents in a row do not see each other.")] = True
     optim: OptimConfig = field(default_factory=OptimConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -13,6 +13,7 @@ from minillm.data.windows import Rows
 from minillm.errors import RunError
 from minillm.train.distributed import whole
 from minillm.train.job import Job
+from minillm.train.optim import pick_lr
 from minillm.train.state import TrainState
 from minillm.train.step import Gradients
 
@@ -60,16 +61,17 @@ def handle_nonfinite(
         text = json.dumps(values, indent=1)
         (folder / "report.json").write_text(text, encoding="utf-8")
     what = f"step {step}: loss is {found.loss}, gradient norm {found.norm}"
+    rate = pick_lr(job.model, job.optim)
     if job.optim.on_nonfinite == "stop":
         raise RunError(
             f"{what}; rows and gradients are in `{folder}`",
             hint=f"`minillm {job.stage} --resume {job.run} --on-nonfinite skip` leaves such steps "
-            f"out; or start again with a lower rate, e.g. `--lr {job.optim.lr / 2:g}`",
+            f"out; or start again with a lower rate, e.g. `--lr {rate / 2:g}`",
         )
     if len(state.skipped) >= MAX_BAD_STEPS:
         raise RunError(
             f"{what}; {MAX_BAD_STEPS} steps have been left out already, the last in `{folder}`",
-            hint=f"start again with a lower rate, e.g. `--lr {job.optim.lr / 2:g}`",
+            hint=f"start again with a lower rate, e.g. `--lr {rate / 2:g}`",
         )
     return job.optim.on_nonfinite
 

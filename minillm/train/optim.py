@@ -17,6 +17,9 @@ from minillm.train.distributed import like, whole
 from minillm.train.lora import is_adapter
 from minillm.train.muon import Muon
 
+_MUON_LR, _ADAMW_LR = 3.0, 0.75
+"""Rate times width, where the matrices are Muon's and where they are AdamW's."""
+
 
 def build_optimizers(model: nn.Module, cfg: OptimConfig, device: torch.device) -> list[Optimizer]:
     """Return the optimizers of a run; each group keeps its peak rate as `peak_lr`."""
@@ -28,11 +31,24 @@ def build_optimizers(model: nn.Module, cfg: OptimConfig, device: torch.device) -
         optimizers.append(Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
     else:
         groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
-    optimizers.append(AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=fused))
+    optimizers.append(AdamW(groups, lr=pick_lr(model, cfg), betas=cfg.betas, fused=fused))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def pick_lr(model: nn.Module, cfg: OptimConfig) -> float:
+    """Return AdamW's peak rate: the one asked for, or one that falls with the model's width.
+
+    What matters is the table that is embedding and head at once: the wider it is, the further
+    equal steps of its entries move a logit. Measured at a width of 128 only (docs/log.md).
+    """
+    if cfg.lr:
+        return cfg.lr
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    width = next(tables).embedding_dim
+    return (_MUON_LR if cfg.optimizer == "muon" else _ADAMW_LR) / width
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
