@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minillm.errors import MinillmError
 from minillm.serve.backend import Backend, Job, Run
+from minillm.serve.metrics import Metrics
 from minillm.serve.page import load_page
 from minillm.serve.problems import ApiError, error_body, status_of, too_long, unknown_model
 from minillm.serve.replies import ChatReply, CompletionReply, Reply
@@ -29,8 +30,11 @@ from minillm.serve.schema import (
     ChatRequest,
     CompletionRequest,
     Defaults,
+    DetokenizeRequest,
+    TokenizeRequest,
     check_ids,
     parse,
+    parse_plain,
     sampling_params,
 )
 from minillm.serve.think import OPEN, TAIL
@@ -65,6 +69,10 @@ def create_app(
         ("GET", "/v1/models/{model_id:path}", api.model),
         ("POST", "/v1/chat/completions", api.chat),
         ("POST", "/v1/completions", api.completions),
+        ("POST", "/v1/embeddings", api.embeddings),
+        ("POST", "/tokenize", api.tokenize),
+        ("POST", "/detokenize", api.detokenize),
+        ("GET", "/metrics", api.metrics),
     )
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
@@ -120,6 +128,7 @@ class Api:
         """Serve `backend` under the name `model`."""
         self._backend, self._model, self._defaults = backend, model, defaults
         self._created = int(time.time())
+        self._metrics = Metrics()
         self._page, self._page_headers = load_page()
 
     async def page(self) -> Response:
@@ -146,11 +155,18 @@ class Api:
         self._check_model(call.model)
         messages = call.plain_messages()
         self._check_size((turn["content"] for turn in messages), "messages")
-        think = call.chat_template_kwargs.enable_think
+        options = call.chat_template_kwargs
+        think = options.enable_think or options.enable_thinking
         ids = await asyncio.to_thread(self._backend.encode_chat, messages, {"enable_think": think})
         inside = await asyncio.to_thread(self._backend.decode, ids[-TAIL:])
         runs = self._runs(call, [ids], "messages")
-        reply = ChatReply(self._model, len(ids), call.n, inside=inside.rstrip().endswith(OPEN))
+        reply = ChatReply(
+            self._model,
+            len(ids),
+            call.n,
+            inside=inside.rstrip().endswith(OPEN),
+            bytes_of=self._backend.token_bytes if call.logprobs else None,
+        )
         return await self._answer(request, call, runs, reply)
 
     async def completions(self, request: Request) -> Response:
@@ -164,10 +180,47 @@ class Api:
         self._check_size(texts, "prompt")
         encoded = [await self._ids(item) for item in call.prompt]
         runs = self._runs(call, encoded, "prompt")
-        echoes = [await self._text(item) for item in call.prompt for _ in range(call.n * call.echo)]
+        echoes = [
+            (await self._text(item), ids)
+            for item, ids in zip(call.prompt, encoded, strict=True)
+            for _ in range(call.n * call.echo)
+        ]
         num_tokens = sum(len(ids) for ids in encoded)
-        reply = CompletionReply(self._model, num_tokens, len(runs), echoes=echoes)
+        bytes_of = self._backend.token_bytes if call.logprobs is not None else None
+        reply = CompletionReply(
+            self._model, num_tokens, len(runs), echoes=echoes, bytes_of=bytes_of
+        )
         return await self._answer(request, call, runs, reply)
+
+    async def embeddings(self, request: Request) -> Response:
+        """Refuse: the models here make text."""
+        raise ApiError(
+            "embeddings are not implemented; this server makes text",
+            status=501,
+            code="not_implemented",
+            kind="server_error",
+            headers={"x-should-retry": "false"},
+        )
+
+    async def tokenize(self, request: Request) -> dict[str, Any]:
+        """Return the ids of plain text."""
+        call = parse_plain(TokenizeRequest, await read_json(request))
+        ids = await asyncio.to_thread(
+            self._backend.encode, call.text, add_special_tokens=call.specials
+        )
+        return {"tokens": ids, "count": len(ids), "max_model_len": self._backend.max_context}
+
+    async def detokenize(self, request: Request) -> dict[str, Any]:
+        """Return the text of ids."""
+        call = parse_plain(DetokenizeRequest, await read_json(request))
+        check_ids(call.tokens, self._backend.vocab_size, "tokens")
+        text = await asyncio.to_thread(self._backend.decode, call.tokens)
+        return {"content": text, "prompt": text}
+
+    async def metrics(self) -> Response:
+        """Report for Prometheus."""
+        text = self._metrics.render(self._backend.stats())
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _card(self) -> dict[str, Any]:
         return {
@@ -203,13 +256,14 @@ class Api:
         self, call: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], param: str
     ) -> list[Run]:
         check_ids(call.logit_bias, self._backend.vocab_size, "logit_bias")
+        check_ids(call.stop_token_ids, self._backend.vocab_size, "stop_token_ids")
         limit = self._backend.max_context
         runs = []
         for ids in prompts:
             if not ids:
                 raise ApiError(f"`{param}` is empty", param=param)
             room = limit - len(ids)
-            if room <= 0:
+            if room < (0 if call.limit == 0 else 1):
                 raise too_long(len(ids), limit, param)
             for choice in range(call.n):
                 params = sampling_params(call, self._defaults, room=room, choice=choice)
@@ -219,7 +273,7 @@ class Api:
     async def _answer(
         self, request: Request, call: ChatRequest | CompletionRequest, runs: list[Run], reply: Reply
     ) -> Response:
-        job = self._backend.submit(runs)
+        job = self._metrics.watch(self._backend.submit(runs), runs)
         watcher = asyncio.create_task(abort_on_disconnect(request.receive, job))
         if call.stream:
             events = stream_events(job, reply, watcher, include_usage=call.include_usage)

@@ -13,6 +13,7 @@ from typing import Any
 
 from minillm.errors import RunError
 from minillm.models.generator import Delta
+from minillm.serve.logprobs import CompletionLogprobs, TokenBytes, Visible, chat_logprobs
 from minillm.serve.think import Part, ThinkSplitter
 
 
@@ -83,9 +84,28 @@ class ChatReply(Reply):
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, prompt_tokens: int, num_choices: int, *, inside: bool) -> None:
-        """Begin; `inside` tells that the prompt ends with an open `<think>`."""
+    def __init__(
+        self,
+        model: str,
+        prompt_tokens: int,
+        num_choices: int,
+        *,
+        inside: bool,
+        bytes_of: TokenBytes | None = None,
+    ) -> None:
+        """Begin.
+
+        Args:
+            model: The name that the client used.
+            prompt_tokens: Tokens of the prompt.
+            num_choices: Answers.
+            inside: The prompt ends with an open `<think>`.
+            bytes_of: Gives a token's bytes; with it log-probabilities are reported.
+        """
         super().__init__(model, prompt_tokens, num_choices)
+        self._bytes_of = bytes_of
+        self._visible = [Visible(bytes_of) for _ in range(num_choices)] if bytes_of else []
+        self._logprobs: list[list[dict[str, Any]]] = [[] for _ in range(num_choices)]
         self._splitters = [ThinkSplitter(inside=inside) for _ in range(num_choices)]
         self._parts: list[list[Part]] = [[] for _ in range(num_choices)]
 
@@ -100,10 +120,23 @@ class ChatReply(Reply):
             parts += self._splitters[index].flush()
         self._parts[index] += parts
         chunks = [self._delta(index, _fields(part.kind, part.text)) for part in parts]
+        if found := self._measure(index, delta):
+            if not chunks:
+                chunks = [self._delta(index, {"content": ""})]
+            chunks[0]["choices"][0]["logprobs"] = {"content": found, "refusal": None}
         if delta.finish_reason:
             self._finish[index] = delta.finish_reason
             chunks.append(self._delta(index, {}, delta.finish_reason))
         return chunks
+
+    def _measure(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        if self._bytes_of is None or delta.logprobs is None:
+            return []
+        is_stopped = delta.finish_reason == "stop"
+        num = self._visible[index].count(delta.text, delta.token_ids, is_stopped=is_stopped)
+        found: list[dict[str, Any]] = chat_logprobs(delta.logprobs[:num], self._bytes_of)["content"]
+        self._logprobs[index] += found
+        return found
 
     def _delta(
         self, index: int, fields: dict[str, str], finish: str | None = None
@@ -121,7 +154,9 @@ class ChatReply(Reply):
         return {
             "index": index,
             "message": message,
-            "logprobs": None,
+            "logprobs": {"content": self._logprobs[index], "refusal": None}
+            if self._bytes_of
+            else None,
             "finish_reason": self._finish[index],
         }
 
@@ -138,32 +173,78 @@ class CompletionReply(Reply):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def __init__(
-        self, model: str, prompt_tokens: int, num_choices: int, *, echoes: Sequence[str]
+        self,
+        model: str,
+        prompt_tokens: int,
+        num_choices: int,
+        *,
+        echoes: Sequence[tuple[str, Sequence[int]]],
+        bytes_of: TokenBytes | None = None,
     ) -> None:
-        """Begin; `echoes` has the text that each choice starts with, or is empty."""
+        """Begin.
+
+        Args:
+            model: The name that the client used.
+            prompt_tokens: Tokens of all prompts.
+            num_choices: Answers over all prompts.
+            echoes: The prompt that each choice starts with, as text and ids; or empty.
+            bytes_of: Gives a token's bytes; with it log-probabilities are reported.
+        """
         super().__init__(model, prompt_tokens, num_choices)
-        self._echoes = echoes
-        self._texts = [[echo] for echo in echoes] or [[] for _ in range(num_choices)]
+        self._echoes, self._bytes_of = echoes, bytes_of
+        self._texts: list[list[str]] = [[echo] for echo, _ in echoes] or [
+            [] for _ in range(num_choices)
+        ]
+        self._visible = [Visible(bytes_of) for _ in range(num_choices)] if bytes_of else []
+        self._counts = (
+            [CompletionLogprobs(bytes_of) for _ in range(num_choices)] if bytes_of else []
+        )
+        self._logprobs: list[dict[str, list[Any]]] = [{} for _ in range(num_choices)]
 
     def opening(self) -> list[dict[str, Any]]:
-        """Return the prompts, if they are to be echoed."""
-        return [self._text_chunk(index, echo) for index, echo in enumerate(self._echoes) if echo]
+        """Return the prompts, if they are to be echoed; measured ones come later."""
+        if self._bytes_of:
+            return []
+        return [self._text_chunk(i, echo) for i, (echo, _) in enumerate(self._echoes) if echo]
 
     def _take(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         self._texts[index].append(delta.text)
         self._finish[index] = delta.finish_reason
-        if not delta.text and not delta.finish_reason:
-            return []
-        return [self._text_chunk(index, delta.text, delta.finish_reason)]
+        found: dict[str, list[Any]] | None = None
+        chunks = []
+        if self._bytes_of:
+            if delta.prompt_logprobs is not None and self._echoes:
+                text, ids = self._echoes[index]
+                first = self._note(index, self._counts[index].take(ids, delta.prompt_logprobs))
+                chunks.append(self._text_chunk(index, text, logprobs=first))
+            is_stopped = delta.finish_reason == "stop"
+            num = self._visible[index].count(delta.text, delta.token_ids, is_stopped=is_stopped)
+            measured = (delta.logprobs or ())[:num]
+            ids = delta.token_ids[: len(measured)]
+            found = self._note(index, self._counts[index].take(ids, measured))
+        if delta.text or delta.finish_reason:
+            chunks.append(self._text_chunk(index, delta.text, delta.finish_reason, found))
+        return chunks
 
-    def _text_chunk(self, index: int, text: str, finish: str | None = None) -> dict[str, Any]:
-        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+    def _note(self, index: int, found: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for key, values in found.items():
+            self._logprobs[index].setdefault(key, []).extend(values)
+        return found
+
+    def _text_chunk(
+        self,
+        index: int,
+        text: str,
+        finish: str | None = None,
+        logprobs: dict[str, list[Any]] | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
         return self._chunk([choice])
 
     def _choice(self, index: int) -> dict[str, Any]:
         return {
             "index": index,
             "text": "".join(self._texts[index]),
-            "logprobs": None,
+            "logprobs": self._logprobs[index] or None,
             "finish_reason": self._finish[index],
         }

@@ -21,8 +21,6 @@ NO_EFFECT = frozenset(
 """Labels for the operator of a service; they cannot change an answer."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -67,6 +65,12 @@ def _stop(value: Any) -> Any:
     if "" in texts:
         raise _refuse("must not hold an empty string")
     return tuple(texts)
+
+
+def _stop_ids(value: Any) -> Any:
+    if not isinstance(value, list) or not _are_ids(value):
+        raise _refuse("must be a list of token ids")
+    return tuple(value)
 
 
 def _logit_bias(value: Any) -> Any:
@@ -141,6 +145,7 @@ class TemplateOptions(_Strict):
     """Switches of the chat template."""
 
     enable_think: bool = False
+    enable_thinking: bool = False  # the name that Qwen's templates made common
 
 
 class Request(_Strict):
@@ -151,6 +156,8 @@ class Request(_Strict):
     stream_options: StreamOptions | None = None
     n: int = Field(1, ge=1, le=MAX_RUNS)
     max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_stop_ids)] = ()
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop)] = ()
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -176,6 +183,8 @@ class ChatRequest(Request):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     chat_template_kwargs: TemplateOptions = TemplateOptions()
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
     def limit(self) -> int | None:
@@ -191,8 +200,9 @@ class CompletionRequest(Request):
     """`POST /v1/completions`."""
 
     prompt: Annotated[list[Any], BeforeValidator(_prompt)]
-    max_tokens: int | None = Field(16, ge=1)  # OpenAI's default
+    max_tokens: int | None = Field(16, ge=0)  # OpenAI's default
     echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
     def limit(self) -> int | None:
@@ -200,7 +210,53 @@ class CompletionRequest(Request):
         return self.max_tokens
 
 
+class TokenizeRequest(_Strict):
+    """`POST /tokenize`, with the field names of vLLM and of llama.cpp."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    add_special_tokens: bool | None = None
+    add_special: bool | None = None
+
+    @property
+    def text(self) -> str:
+        """The text to cut."""
+        return self.prompt if self.prompt is not None else self.content or ""
+
+    @property
+    def specials(self) -> bool:
+        """Whether the tokenizer may add its own tokens."""
+        given = self.add_special_tokens if self.add_special is None else self.add_special
+        return self.prompt is not None if given is None else given
+
+
+class DetokenizeRequest(_Strict):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: Annotated[tuple[int, ...], BeforeValidator(_stop_ids)]
+
+
 R = TypeVar("R", bound=Request)
+P = TypeVar("P", bound=_Strict)
+
+
+def parse_plain(cls: type[P], body: Any) -> P:
+    """Check a decoded JSON body that makes no answer.
+
+    Raises:
+        ApiError: 400 that names the first field at fault.
+    """
+    if not isinstance(body, dict):
+        raise ApiError("the request body must be a JSON object", code="invalid_json")
+    try:
+        request = cls.model_validate({k: v for k, v in body.items() if v is not None})
+    except ValidationError as error:
+        raise _first_problem(error) from None
+    if isinstance(request, TokenizeRequest) and request.prompt is request.content is None:
+        raise ApiError("`prompt` is required", code="missing_parameter", param="prompt")
+    return request
 
 
 def parse(cls: type[R], body: Any) -> R:
@@ -226,9 +282,22 @@ def parse(cls: type[R], body: Any) -> R:
     if not known.get("stream") and "stream_options" in known:
         raise ApiError("`stream_options` needs `stream: true`", param="stream_options")
     try:
-        return cls.model_validate(known)
+        request = cls.model_validate(known)
     except ValidationError as error:
         raise _first_problem(error) from None
+    _check_together(request)
+    return request
+
+
+def _check_together(request: Request) -> None:
+    """Refuse fields that exclude each other."""
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
+        raise ApiError("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
+    if isinstance(request, CompletionRequest) and request.max_tokens == 0 and not request.echo:
+        raise ApiError("`max_tokens` 0 needs `echo: true`", param="max_tokens")
+    limit = request.limit if isinstance(request, ChatRequest | CompletionRequest) else None
+    if limit is not None and request.min_tokens > limit:
+        raise ApiError(f"`min_tokens` is above the limit of {limit} tokens", param="min_tokens")
 
 
 def _plain_turn(turn: Any, index: int) -> Any:
@@ -282,6 +351,14 @@ def sampling_params(
     """
     seed = None if request.seed is None else (request.seed + choice) % 2**63
     pick = request.temperature, request.top_p
+    logprobs = prompt_logprobs = None
+    if isinstance(request, ChatRequest):
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    else:
+        logprobs = request.logprobs
+        if request.echo and (logprobs is not None or request.limit == 0):
+            prompt_logprobs = logprobs or 0
+    max_tokens = room if request.limit is None else min(request.limit, room)
     return SamplingParams(
         temperature=defaults.temperature if pick[0] is None else pick[0],
         top_p=defaults.top_p if pick[1] is None else pick[1],
@@ -291,8 +368,12 @@ def sampling_params(
         frequency_penalty=request.frequency_penalty,
         presence_penalty=request.presence_penalty,
         logit_bias=request.logit_bias,
-        max_tokens=min(request.limit or room, room),
+        max_tokens=max_tokens,
+        min_tokens=min(request.min_tokens, max_tokens),
         stop=request.stop,
+        stop_ids=request.stop_token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         seed=seed,
     )
 

@@ -77,7 +77,7 @@ def test_megabytes_of_prompt_are_refused_before_they_are_tokenized(
     assert error["param"] == "messages"
 
 
-@pytest.mark.parametrize("path", ["/nope", "/v1", "/v1/embeddings", "/v1/models/"])
+@pytest.mark.parametrize("path", ["/nope", "/v1", "/v1/audio/speech", "/v1/models/"])
 def test_an_unknown_path_is_a_404_in_json(http: httpx.Client, path: str) -> None:
     code = "model_not_found" if "models" in path else "not_found"
     check_error(http.get(path), 404, code)

@@ -88,7 +88,7 @@ def test_ids_beyond_the_vocabulary_are_refused() -> None:
 
 def test_zero_is_not_taken_for_false() -> None:
     with pytest.raises(ApiError) as caught:
-        parse(CompletionRequest, {"model": "m", "prompt": "a", "logprobs": 0})
+        parse(CompletionRequest, {"model": "m", "prompt": "a", "store": 0})
     assert caught.value.code == "unsupported_parameter"
 
 
