@@ -11,6 +11,8 @@ PAGE = Path(__file__).with_name("static") / "index.html"
 def load_page() -> tuple[str, dict[str, str]]:
     """Return the page and its headers; scripts and styles are allowed by their hashes only."""
     html = PAGE.read_text(encoding="utf-8")
+    renderer = PAGE.with_name("markdown.js").read_text(encoding="utf-8")
+    html = html.replace("/* markdown.js */", renderer)
     policy = (
         "default-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"frame-ancestors 'none'; script-src {_hashes(html, 'script')}; "
