@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minillm.errors import MinillmError
 from minillm.serve.backend import Backend, Job, Run
+from minillm.serve.grammar import Grammars
 from minillm.serve.metrics import Metrics
 from minillm.serve.page import load_page
 from minillm.serve.problems import ApiError, error_body, status_of, too_long, unknown_model
@@ -128,7 +130,7 @@ class Api:
         """Serve `backend` under the name `model`."""
         self._backend, self._model, self._defaults = backend, model, defaults
         self._created = int(time.time())
-        self._metrics = Metrics()
+        self._metrics, self._grammars = Metrics(), Grammars(backend)
         self._page, self._page_headers = load_page()
 
     async def page(self) -> Response:
@@ -159,12 +161,18 @@ class Api:
         think = options.enable_think or options.enable_thinking
         ids = await asyncio.to_thread(self._backend.encode_chat, messages, {"enable_think": think})
         inside = await asyncio.to_thread(self._backend.decode, ids[-TAIL:])
+        is_inside = inside.rstrip().endswith(OPEN)
         runs = self._runs(call, [ids], "messages")
+        if call.response_format is not None:
+            make = await asyncio.to_thread(
+                self._grammars.json, call.response_format, inside=is_inside
+            )
+            runs = [replace(run, params=replace(run.params, constraint=make)) for run in runs]
         reply = ChatReply(
             self._model,
             len(ids),
             call.n,
-            inside=inside.rstrip().endswith(OPEN),
+            inside=is_inside,
             bytes_of=self._backend.token_bytes if call.logprobs else None,
         )
         return await self._answer(request, call, runs, reply)

@@ -19,14 +19,12 @@ NO_EFFECT = frozenset(
     ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 )
 """Labels for the operator of a service; they cannot change an answer."""
-
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -71,6 +69,18 @@ def _stop_ids(value: Any) -> Any:
     if not isinstance(value, list) or not _are_ids(value):
         raise _refuse("must be a list of token ids")
     return tuple(value)
+
+
+def _response_format(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text" and len(value) == 1:
+        return None
+    if kind == "json_object" and len(value) == 1:
+        return {"type": "object"}
+    given = value.get("json_schema") if kind == "json_schema" else None
+    if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
+        raise _refuse("must be text, json_object, or json_schema with a `json_schema.schema`")
+    return given["schema"]
 
 
 def _logit_bias(value: Any) -> Any:
@@ -185,6 +195,7 @@ class ChatRequest(Request):
     chat_template_kwargs: TemplateOptions = TemplateOptions()
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: Annotated[Any, BeforeValidator(_response_format)] = None
 
     @property
     def limit(self) -> int | None:
@@ -221,14 +232,14 @@ class TokenizeRequest(_Strict):
 
     @property
     def text(self) -> str:
-        """The text to cut."""
+        """The text."""
         return self.prompt if self.prompt is not None else self.content or ""
 
     @property
     def specials(self) -> bool:
         """Whether the tokenizer may add its own tokens."""
         given = self.add_special_tokens if self.add_special is None else self.add_special
-        return self.prompt is not None if given is None else given
+        return given if given is not None else self.prompt is not None
 
 
 class DetokenizeRequest(_Strict):
@@ -290,11 +301,12 @@ def parse(cls: type[R], body: Any) -> R:
 
 
 def _check_together(request: Request) -> None:
-    """Refuse fields that exclude each other."""
     if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise ApiError("`top_logprobs` needs `logprobs: true`", param="top_logprobs")
     if isinstance(request, CompletionRequest) and request.max_tokens == 0 and not request.echo:
         raise ApiError("`max_tokens` 0 needs `echo: true`", param="max_tokens")
+    if isinstance(request, ChatRequest) and request.response_format and request.min_tokens:
+        raise ApiError("`min_tokens` excludes `response_format`", param="min_tokens")
     limit = request.limit if isinstance(request, ChatRequest | CompletionRequest) else None
     if limit is not None and request.min_tokens > limit:
         raise ApiError(f"`min_tokens` is above the limit of {limit} tokens", param="min_tokens")

@@ -1,5 +1,6 @@
 """Log-probabilities over HTTP with a real model, against one plain forward pass."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,30 @@ def test_tokens_there_and_back_and_metrics(real: Any) -> None:
     assert "minillm_requests_running 0.0" in text
     assert "minillm_generation_tokens_total" in text
     assert "minillm_time_to_first_token_seconds_bucket" in text
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_an_answer_follows_a_schema(real: Any, think: bool) -> None:
+    _, http = real
+    schema = {
+        "type": "object",
+        "properties": {"mood": {"enum": ["happy", "sad"]}, "ok": {"type": "boolean"}},
+        "required": ["mood", "ok"],
+        "additionalProperties": False,
+    }
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "seed": 1,
+            "max_tokens": 60, "temperature": 1,
+            "chat_template_kwargs": {"enable_think": think},
+            "response_format": {"type": "json_schema", "json_schema": {"schema": schema}},
+            "logit_bias": {"32003": 20.0} if think else {}}  # fmt: skip
+    for _ in range(3):
+        choice = http.post("/v1/chat/completions", json=body).json()["choices"][0]
+        body["seed"] += 1
+        assert choice["finish_reason"] == "stop"
+        found = json.loads(choice["message"]["content"])
+        assert set(found) == {"mood", "ok"}
+        assert found["mood"] in ("happy", "sad")
+    body["response_format"] = {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}
+    refused = http.post("/v1/chat/completions", json=body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "response_format"

@@ -220,7 +220,7 @@ BAD_CHAT = [
     ),
     ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
     ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+    ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
     ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
     ({"audio": {"voice": "alloy"}}, "audio", "unsupported_parameter"),
     ({"best_off": 3}, "best_off", "unknown_parameter"),
