@@ -48,7 +48,7 @@ class Grammars:
         matcher = llguidance.LLMatcher
         try:
             # free white space is where a small model gets lost
-            options = {"whitespace_flexible": False}
+            options: Any = {"whitespace_flexible": False}
             grammar = matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
             problem = matcher.validate_grammar(grammar, self._tokenizer)
         except ValueError as error:
