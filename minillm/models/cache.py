@@ -45,6 +45,16 @@ class ReservedLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
+    def extend(self, length: int) -> tuple[Tensor, Tensor]:
+        """Make room for more tokens, and return all memory for the caller to write them to."""
+        start = self.get_seq_length()
+        end = start + length
+        if not self._is_ours(self._room[0], start) or end > self._room[0].shape[2]:
+            self._move(self._room[0], self._room[1], start, end)
+        keys, values = self._room
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self._room
+
     def _is_ours(self, key: Tensor, start: int) -> bool:
         """Tell whether the first `start` tokens lie in our memory, and `key` fits beside them.
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicCache
 
 from minillm.errors import InputError
+from minillm.models.fast_decode import make_decode_step
 from minillm.models.sampling import Sampler, SamplingParams, TokenLogprob, measure_tokens
 from minillm.models.text_stream import TextStream
 
@@ -69,6 +70,7 @@ class Generator:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self._forward = make_decode_step(model)
 
     @property
     def max_context(self) -> int:
@@ -262,14 +264,14 @@ class Generator:
         self, ids_T: Tensor, cache: Cache, sampler: Sampler
     ) -> tuple[Tensor, TokenLogprob | None]:
         """Feed tokens, return the next one, `(1,)`, and how likely it was, if asked for."""
-        output = self.model(
+        logits_BTV = self._forward(
             input_ids=ids_T[None], past_key_values=cache, use_cache=True, logits_to_keep=1
         )
-        token = sampler.next_token(output.logits[0, -1])
+        token = sampler.next_token(logits_BTV[0, -1])
         num_top = sampler.params.logprobs
         if num_top is None:
             return token, None
-        return token, measure_tokens(output.logits[0, -1:], [int(token)], num_top)[0]
+        return token, measure_tokens(logits_BTV[0, -1:], [int(token)], num_top)[0]
 
     @torch.inference_mode()
     def _measure(

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minillm.errors import ConfigError, SetupError
+from minillm.models.fast_decode import make_decode_step
 from minillm.models.generator import Generator
 from minillm.serve.engine import Engine
 from minillm.serve.engine_backend import EngineBackend
@@ -47,7 +48,11 @@ def run_server(config: ServeConfig, announce: Callable[[str], None]) -> None:
     source = find_source(config.model)
     with listen(config.host, config.port) as sock:
         announce(f"loading `{source}`")
-        model, tokenizer = load(source, device=config.device, precision=config.precision)
+        is_plain = config.backend == "transformers" and config.quantize == "none"
+        quantize = None if is_plain else config.quantize
+        model, tokenizer = load(
+            source, device=config.device, precision=config.precision, quantize=quantize
+        )
         name = config.served_model_name or short_name(source)
         worker = make_backend(model, tokenizer, config, announce)
         app = create_app(
@@ -82,6 +87,7 @@ def make_backend(
             cache_tokens=config.cache_tokens,
             prefill_chunk=config.prefill_chunk,
             speculate=config.speculate,
+            decode=make_decode_step(model) if model.device.type == "cpu" else None,
         )
         engine = Engine(model, tokenizer, settings)
         return EngineBackend(engine, max_waiting=config.max_waiting)

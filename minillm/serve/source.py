@@ -8,6 +8,7 @@ from minillm import paths
 from minillm.device import pick_device, pick_dtype
 from minillm.errors import InputError
 from minillm.models.load import load_model
+from minillm.models.quantize import Kind, quantize_model
 
 DEMO_RUNS = Path("demo") / "runs"
 
@@ -54,13 +55,17 @@ def short_name(source: str) -> str:
 
 
 def load(
-    source: str, *, device: str, precision: str
+    source: str, *, device: str, precision: str, quantize: Kind | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load model and tokenizer onto a device named as in the config.
+
+    With `quantize`, weights are packed for decoding on a CPU, in that many bits.
 
     Raises:
         InputError: No model there, or it is broken.
         SetupError: The device is not there.
+        ConfigError: Fewer bits are asked for, and the device is no CPU.
     """
     chosen = pick_device(device)
-    return load_model(source, device=chosen, dtype=pick_dtype(precision, chosen))
+    model, tokenizer = load_model(source, device=chosen, dtype=pick_dtype(precision, chosen))
+    return model if quantize is None else quantize_model(model, quantize), tokenizer

@@ -18,6 +18,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from minillm.errors import ConfigError, InputError, MinillmError
+from minillm.models.fast_decode import make_decode_step
 from minillm.models.generator import Generator
 from minillm.serve.backend import TokenSource
 from minillm.serve.chat import Session
@@ -46,7 +47,11 @@ def run_chat(config: ChatConfig, prompt: str, announce: Callable[[str], None]) -
         prompt = read_message(sys.stdin)
     if not is_filter:
         announce(f"loading `{place}`")
-    model, tokenizer = load(place, device=config.device, precision=config.precision)
+    is_plain = config.backend == "transformers" and config.quantize == "none"
+    quantize = None if is_plain else config.quantize
+    model, tokenizer = load(
+        place, device=config.device, precision=config.precision, quantize=quantize
+    )
     session = Session(make_source(config, model, tokenizer), config.sampling, config.system)
     if is_filter:
         write_answer(session.ask(prompt), sys.stdout)
@@ -71,7 +76,8 @@ def make_source(config: ChatConfig, model: Any, tokenizer: Any) -> TokenSource:
             "`--backend engine` cannot run this model: it has layers that the engine does not know",
             hint="leave `--backend` out",
         )
-    return Engine(model, tokenizer, EngineSettings(max_running=1))
+    decode = make_decode_step(model) if model.device.type == "cpu" else None
+    return Engine(model, tokenizer, EngineSettings(max_running=1, decode=decode))
 
 
 def read_message(stream: TextIO) -> str:

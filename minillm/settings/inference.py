@@ -43,6 +43,10 @@ class ChatConfig:
     ] = "generator"
     device: Device = "auto"
     precision: Annotated[Precision, Doc("Dtype of the weights.")] = "auto"
+    quantize: Annotated[
+        Literal["none", "fp16", "int8", "int4"],
+        Doc("On a CPU, store the weights in fewer bits: faster, less memory."),
+    ] = "none"
     system: Annotated[str, Doc("System message.")] = ""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
@@ -58,6 +62,10 @@ class ServeConfig:
     port: Annotated[int, Doc("Port to listen on.")] = 8000
     device: Device = "auto"
     precision: Annotated[Precision, Doc("Dtype of the weights.")] = "auto"
+    quantize: Annotated[
+        Literal["none", "fp16", "int8", "int4"],
+        Doc("On a CPU, store the weights in fewer bits: faster, less memory."),
+    ] = "none"
     served_model_name: Annotated[
         str, Doc("Name that clients use; empty: the run's or folder's name.")
     ] = ""

@@ -1,0 +1,207 @@
+// Decoding on a CPU: the product of a few vectors with a packed matrix, and the whole step of a
+// Llama made of it, in one call. Compiled at first use by `cpu_kernels.py`, which says why.
+//
+// An N x K matrix is cut into panels of 16 rows, a panel into groups of 32 columns. A group holds
+// its 16 scales (and minima) and then its columns, so that a panel is read from front to back and
+// one vector has the same column of 8 rows. Weights become fp32 in registers; sums are fp32.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
+enum Kind { FP32, FP16, INT8, INT4 };
+constexpr int64_t ROWS = 16, GROUP = 32, TOKENS = 6;
+constexpr int64_t HEAD_BYTES[] = {0, 0, 32, 64}, COLUMN_BYTES[] = {64, 32, 16, 8};
+
+struct Matrix { const uint8_t* data; int64_t rows, columns, kind; };
+struct Layer { Matrix q, k, v, o, gate, up, down; const float *norm_in, *norm_post; };
+struct Model {
+  const Layer* layers;
+  const float* norm;
+  Matrix head;
+  int64_t num_layers, size, inner, heads, kv_heads, head_size;
+  float eps, scale;
+};
+
+static v8 halves(const void* p) {
+#ifdef __F16C__
+  return (v8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  typedef _Float16 h8 __attribute__((vector_size(16), aligned(2), may_alias));
+  return __builtin_convertvector(*(const h8*)p, v8);
+#endif
+}
+
+template <class Byte> static i8 bytes(const uint8_t* p) {
+#ifdef __AVX2__
+  const __m128i x = _mm_loadl_epi64((const __m128i*)p);
+  return (i8)(Byte(-1) < 0 ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x));
+#else
+  typedef Byte b8 __attribute__((vector_size(8), aligned(1), may_alias));
+  return __builtin_convertvector(*(const b8*)p, i8);
+#endif
+}
+
+static v8 floats(i8 x) { return __builtin_convertvector(x, v8); }
+
+// 16 rows times M vectors; y[m, r] (+)= sum over k of w[r, k] x[m, k]
+template <int F, int M>
+static void tile(const uint8_t* w, const float* x, int64_t K, float* y, int64_t N, int64_t rows,
+                 bool adds) {
+  constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;  // independent sums, to hide the adder's latency
+  v8 sum[U][M][2] = {}, scale[2], low[2];
+  for (int64_t start = 0; start < K; start += GROUP) {
+    const int64_t end = std::min(K, start + GROUP);
+    if (F >= INT8) for (int h = 0; h < 2; h++) scale[h] = halves(w + 16 * h);
+    if (F == INT4) for (int h = 0; h < 2; h++) low[h] = halves(w + 32 + 16 * h);
+    w += HEAD_BYTES[F];
+    for (int64_t k = start; k < end; k += U, w += U * COLUMN_BYTES[F]) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; u++) {
+        const uint8_t* p = w + u * COLUMN_BYTES[F];
+        v8 a, b;
+        if (F == FP32) a = *(const v8*)p, b = *(const v8*)(p + 32);
+        if (F == FP16) a = halves(p), b = halves(p + 16);
+        if (F == INT8) a = floats(bytes<int8_t>(p)), b = floats(bytes<int8_t>(p + 8));
+        if (F == INT4) {
+          const i8 both = bytes<uint8_t>(p);
+          a = floats(both & 15), b = floats(both >> 4);
+        }
+        if (F == INT8) a *= scale[0], b *= scale[1];
+        if (F == INT4) a = a * scale[0] + low[0], b = b * scale[1] + low[1];
+#pragma GCC unroll 6
+        for (int m = 0; m < M; m++) {
+          const v8 value = x[m * K + k + u] - v8{};
+          sum[u][m][0] += a * value, sum[u][m][1] += b * value;
+        }
+      }
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    for (int u = 1; u < U; u++) for (int h = 0; h < 2; h++) sum[0][m][h] += sum[u][m][h];
+    const float* from = (const float*)sum[0][m];
+    for (int64_t r = 0; r < rows; r++) y[m * N + r] = from[r] + (adds ? y[m * N + r] : 0);
+  }
+}
+
+using Tile = void (*)(const uint8_t*, const float*, int64_t, float*, int64_t, int64_t, bool);
+template <int F> struct Tiles {
+  static constexpr Tile of[] = {tile<F, 1>, tile<F, 2>, tile<F, 3>, tile<F, 4>, tile<F, 5>,
+                                tile<F, 6>};
+};
+constexpr const Tile* TILES[] = {Tiles<FP32>::of, Tiles<FP16>::of, Tiles<INT8>::of, Tiles<INT4>::of};
+
+// y (M x N) = x (M x K) times the matrix transposed; called by all threads, does not wait for them
+static void linear(const Matrix& w, const float* x, float* y, int64_t M, bool adds = false) {
+  const int64_t K = w.columns, N = w.rows, groups = (K + GROUP - 1) / GROUP;
+  const int64_t panel = groups * HEAD_BYTES[w.kind] + K * COLUMN_BYTES[w.kind];
+  for (int64_t first = 0; first < M; first += 8 * TOKENS) {
+    const int64_t last = std::min(M, first + 8 * TOKENS);
+#pragma omp for schedule(static) nowait
+    for (int64_t n = 0; n < N; n += ROWS)
+      for (int64_t m = first, parts = (last - first + TOKENS - 1) / TOKENS; m < last; parts--) {
+        const int64_t num = (last - m + parts - 1) / parts;
+        TILES[w.kind][num - 1](w.data + n / ROWS * panel, x + m * K, K, y + m * N + n, N,
+                               std::min(ROWS, N - n), adds);
+        m += num;
+      }
+  }
+}
+
+static void rms_norm(const float* x, const float* w, float* y, int64_t M, int64_t D, float eps) {
+#pragma omp for schedule(static)
+  for (int64_t m = 0; m < M; m++) {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t d = 0; d < D; d++) squares += x[m * D + d] * x[m * D + d];
+    const float r = 1 / std::sqrt(squares / D + eps);
+    for (int64_t d = 0; d < D; d++) y[m * D + d] = x[m * D + d] * r * w[d];
+  }
+}
+
+static void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t K) {
+  for (int64_t i = 0; i < K / 2; i++) {  // the first half of sin is negative
+    const float a = x[i], b = x[i + K / 2];
+    y[i] = a * cos[i] + b * sin[i], y[i + K / 2] = b * cos[i + K / 2] + a * sin[i + K / 2];
+  }
+}
+
+// softmax(q k^T scale) v of one query head over S positions
+static void attend(const float* q, const float* keys, const float* values, int64_t S, int64_t K,
+                   float scale, float* out) {
+  static thread_local std::vector<float> score;
+  score.resize(S);
+  float most = -INFINITY, total = 0, *p = score.data();
+  for (int64_t s = 0; s < S; s++) {
+    float dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t i = 0; i < K; i++) dot += q[i] * keys[s * K + i];
+    most = std::max(most, p[s] = dot * scale);
+  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t s = 0; s < S; s++) total += p[s] = expf(p[s] - most);
+  std::memset(out, 0, K * sizeof(float));
+  for (int64_t s = 0; s < S; s++)
+#pragma omp simd
+    for (int64_t i = 0; i < K; i++) out[i] += p[s] / total * values[s * K + i];
+}
+
+extern "C" void minillm_linear(const Matrix* w, const float* x, float* y, int64_t M, int threads) {
+#pragma omp parallel num_threads(threads)
+  linear(*w, x, y, M);
+}
+
+// M tokens, each at position `at[m]` of cache row `row[m]`. Caches are (rows, G, capacity, K), one
+// pair for each layer; `x` holds the embeddings and is overwritten; `logits` are of the last `kept`.
+extern "C" void minillm_llama(const Model* model, int64_t M, int64_t kept, const int64_t* row,
+                              const int64_t* at, float* x, const float* cos, const float* sin,
+                              float* const* caches, int64_t capacity, float* room, float* logits,
+                              int threads) {
+  const Model& c = *model;
+  const int64_t D = c.size, F = c.inner, H = c.heads, G = c.kv_heads, K = c.head_size;
+  float *h = room, *q = h + M * D, *k = q + M * H * K, *v = k + M * G * K, *a = v + M * G * K,
+        *gate = a + M * H * K, *up = gate + M * F;
+#pragma omp parallel num_threads(threads)
+  {
+    for (int64_t l = 0; l < c.num_layers; l++) {
+      const Layer& w = c.layers[l];
+      float *keys = caches[2 * l], *values = caches[2 * l + 1];
+      rms_norm(x, w.norm_in, h, M, D, c.eps);
+      linear(w.q, h, q, M), linear(w.k, h, k, M), linear(w.v, h, v, M);
+#pragma omp barrier
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < H + G; n++) {
+          const float *cosine = cos + m * K, *sine = sin + m * K;
+          const int64_t g = n - H, place = ((row[m] * G + g) * capacity + at[m]) * K;
+          if (g < 0) { rotate(q + (m * H + n) * K, cosine, sine, q + (m * H + n) * K, K); continue; }
+          rotate(k + (m * G + g) * K, cosine, sine, keys + place, K);
+          std::memcpy(values + place, v + (m * G + g) * K, K * sizeof(float));
+        }
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < H; n++) {
+          const int64_t start = (row[m] * G + n / (H / G)) * capacity * K;
+          attend(q + (m * H + n) * K, keys + start, values + start, at[m] + 1, K, c.scale,
+                 a + (m * H + n) * K);
+        }
+      linear(w.o, a, x, M, true);
+#pragma omp barrier
+      rms_norm(x, w.norm_post, h, M, D, c.eps);
+      linear(w.gate, h, gate, M), linear(w.up, h, up, M);
+#pragma omp barrier
+#pragma omp for simd schedule(static)
+      for (int64_t i = 0; i < M * F; i++) gate[i] *= up[i] / (1 + expf(-gate[i]));
+      linear(w.down, gate, x, M, true);
+#pragma omp barrier
+    }
+    rms_norm(x + (M - kept) * D, c.norm, h, kept, D, c.eps);
+    linear(c.head, h, logits, kept);
+  }
+}
