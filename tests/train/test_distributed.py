@@ -78,7 +78,12 @@ def test_two_processes_equal_one(
     finish(command(corpus, tmp_path / "one", 20, *model))
     spread = ("--nproc", "2", "--parallel", parallel)
     finish(command(corpus, tmp_path / "two", 20, *model, *spread))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    pairs = list(zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True))
+    worst = max(abs(two - one) for two, one in pairs)
+    # shown with -s, and when it fails
+    line = f"{architecture}, {parallel}: max difference of {len(pairs)} losses {worst:.1e}"
+    print(line)  # noqa: T201
+    assert worst < 1e-5
 
 
 @pytest.mark.slow

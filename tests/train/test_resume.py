@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -129,7 +130,10 @@ def test_every_architecture_and_optimizer_continues_to_the_bit(
     for stage, extra in (("pretrain", tokens), ("sft", tuned)):
         whole, run = tmp_path / f"{stage}-whole", tmp_path / f"{stage}-run"
         disturb(words(stage, whole, *extra), whole, [])
-        disturb(words(stage, run, *extra), run, [(signal.SIGKILL, 12, -9)])
+        step = 2 * random.randrange(1, STEPS // 2)  # every second one is logged
+        # shown with -s, and when it fails
+        print(f"{architecture}, {stage}, {optimizer}: killed at step {step}")  # noqa: T201
+        disturb(words(stage, run, *extra), run, [(signal.SIGKILL, step, -9)])
         assert_equal_to_the_bit(run, whole, STEPS)
 
 
@@ -156,7 +160,7 @@ def test_a_half_written_checkpoint_is_never_taken(
 
 
 @pytest.mark.parametrize(
-    ("flag", "says"), [("--lr=0.5", "`optim.lr` was 0.001"), ("--seed=7", "`seed` was 0")]
+    ("flag", "says"), [("--lr=0.5", "`optim.lr` was 0.0"), ("--seed=7", "`seed` was 0")]
 )
 def test_resume_refuses_a_change_that_would_break_it(whole: Path, flag: str, says: str) -> None:
     again = [sys.executable, "-m", "minillm", "pretrain", "--resume", str(whole), flag]
