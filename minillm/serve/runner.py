@@ -53,7 +53,8 @@ class Runner:
         """
         self.model, self.uses_mtp = model, uses_mtp
         self.block_size, self._round_to = block_size, round_to
-        self._decode = decode or self._call_model
+        # guesses need the hidden states, which only the model itself gives
+        self._decode = self._call_model if uses_mtp or decode is None else decode
         self.device = model.device
         self.cache = SlotCache(model, num_slots, max_tokens + MAX_DRAFTS, int(uses_mtp))
         self._kept: dict[int, tuple[list[Tensor], list[Tensor] | None]] = {}
