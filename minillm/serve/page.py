@@ -6,13 +6,15 @@ import re
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("static") / "index.html"
+SCRIPTS = ("words.js", "store.js", "markdown.js", "net.js", "panel.js", "chat.js")
+"""In this order; `chat.js` starts the page."""
 
 
 def load_page() -> tuple[str, dict[str, str]]:
     """Return the page and its headers; scripts and styles are allowed by their hashes only."""
     html = PAGE.read_text(encoding="utf-8")
-    renderer = PAGE.with_name("markdown.js").read_text(encoding="utf-8")
-    html = html.replace("/* markdown.js */", renderer)
+    scripts = (PAGE.with_name(name).read_text(encoding="utf-8") for name in SCRIPTS)
+    html = html.replace("/* scripts */", "\n".join(scripts))
     policy = (
         "default-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"frame-ancestors 'none'; script-src {_hashes(html, 'script')}; "

@@ -3,7 +3,17 @@ const LIST = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const RULE = /^\s*([-*_])(\s*\1){2,}\s*$/;
 const FENCE = /^\s{0,3}(`{3,}|~{3,})\s*([^`]*)$/;
 const TABLE_LINE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
-const INLINE = /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*(?=\S)([\s\S]*?\S)\*\*|__(?=\S)([\s\S]*?\S)__(?!\w)|~~(?=\S)([\s\S]*?\S)~~|\*(?=[^\s*])([^*]*?[^\s*])\*|\b_(?=[^\s_])([^_]*?[^\s_])_\b|!?\[([^\]\n]*)\]\(\s*<?([^\s)>]+)>?(?:\s+"[^"\n]*")?\s*\)|(https?:\/\/[^\s<>"'`，。；！？）】」]+)|\\([\\`*_{}[\]()#+\-.!|~>])/g;
+// Spans are at most 1,000 characters, so that hostile text costs linear time.
+const LABEL = String.raw`((?:[^\[\]\n]|\[[^\[\]\n]{0,100}\]){0,500})`;
+const TARGET = String.raw`(?:<([^<>\n]{0,2000})>|((?:[^\s()<>]|\((?:[^\s()]|\([^\s()]{0,200}\)){0,500}\)){1,2000}))`;   // parentheses nest twice
+const INLINE = new RegExp([
+  String.raw`(?<!${"`"})(${"`"}+)([^${"`"}]|[^${"`"}][\s\S]{0,1000}?[^${"`"}])\1(?!${"`"})`,
+  String.raw`\*\*(?=\S)([\s\S]{0,1000}?\S)\*\*`, String.raw`__(?=\S)([\s\S]{0,1000}?\S)__(?!\w)`,
+  String.raw`~~(?=\S)([\s\S]{0,1000}?\S)~~`,
+  String.raw`\*(?=[^\s*])([^*]{0,1000}?[^\s*])\*`, String.raw`\b_(?=[^\s_])([^_]{0,1000}?[^\s_])_\b`,
+  String.raw`!?\[${LABEL}\]\(\s*${TARGET}(?:\s+(?:"[^"\n]{0,500}"|'[^'\n]{0,500}'))?\s*\)`,
+  "(https?:\\/\\/[^\\s<>\"'`，。；！？）】」]+)", "\\\\([\\\\`*_{}[\\]()#+\\-.!|~>])",
+].join("|"), "g");
 
 function element(tag, parent, text) {
   const node = document.createElement(tag);
@@ -31,10 +41,18 @@ function link(parent, text, target) {
   node.append(text);
 }
 
+// A full stop or a closing parenthesis after an address belongs to the sentence around it.
+function bareUrl(text) {
+  let open = text.split("(").length - text.split(")").length, end = text.length;
+  for (; /[.,;:!?*_~]/.test(text[end - 1]) || (text[end - 1] === ")" && open < 0); end -= 1) open += text[end - 1] === ")";
+  return text.slice(0, end);
+}
+
 function inline(parent, text, depth = 0) {
   let at = 0;
   for (const found of depth > 8 ? [] : text.matchAll(INLINE)) {
-    const [all, , code, b1, b2, gone, i1, i2, label, target, bare, escaped] = found;
+    const [all, , code, b1, b2, gone, i1, i2, label, pointed, plain, bare, escaped] = found;
+    const target = pointed || plain;
     parent.append(text.slice(at, found.index));
     at = found.index + all.length;
     if (code !== undefined) element("code", parent, code.trim() || code);
@@ -43,10 +61,9 @@ function inline(parent, text, depth = 0) {
     else if (i1 ?? i2) inline(element("em", parent), i1 ?? i2, depth + 1);
     else if (target) link(parent, label || target, target);
     else if (bare) {
-      const end = /[.,;:!?)]+$/.exec(bare)?.[0] ?? "";
-      const url = bare.slice(0, bare.length - end.length);
+      const url = bareUrl(bare);
       link(parent, url, url);
-      parent.append(end);
+      parent.append(bare.slice(url.length));
     } else if (escaped) parent.append(escaped);
   }
   parent.append(text.slice(at));

@@ -1,0 +1,33 @@
+// The interface's words. `{}` stands for a number.
+const WORDS = {
+  en: {
+    tune: "Settings", chats: "Conversations", fresh: "New chat", send: "Send", stop: "Stop", again: "Regenerate",
+    edit: "Edit", copy: "Copy", copied: "Copied", rename: "Rename", remove: "Delete", sure: "Delete this conversation?",
+    name: "Name of the conversation", exported: "Export", imported: "Import", badFile: "This file holds no conversations.",
+    save: "Send again", cancel: "Cancel", temperature: "Temperature", top_p: "Top-p", limit: "Longest answer (tokens)",
+    seed: "Seed", random: "random", unlimited: "no limit", think: "Think before answering",
+    system: "System prompt", key: "API key", placeholder: "Message…  (Enter sends, Shift+Enter: new line)",
+    short: "Message…", empty: "Ask something to begin.", thinking: "Thinking…", thought: "Thought for {} s",
+    tokens: "tokens", rate: "tok/s", stopped: "stopped", cut: "length limit reached", you: "You", answer: "Answer",
+    done: "Answer complete", offline: "The server cannot be reached.", full: "The browser's storage is full.",
+    trimmed: "The oldest turns were left out: the context is full.", auto: "System theme", light: "Light", dark: "Dark",
+    needKey: "This server needs an API key: enter it in the settings.", other: "中文", close: "Close",
+    menu: "Menu", theme: "Theme", byServer: "server default", newest: "To the newest",
+    broken: "The connection broke off.", answering: "Answering…", jump: "Message input",
+  },
+  zh: {
+    tune: "设置", chats: "对话列表", fresh: "新对话", send: "发送", stop: "停止", again: "重新生成",
+    edit: "编辑", copy: "复制", copied: "已复制", rename: "重命名", remove: "删除", sure: "删除这个对话？",
+    name: "对话名称", exported: "导出", imported: "导入", badFile: "文件中没有对话。",
+    save: "重新发送", cancel: "取消", temperature: "温度", top_p: "Top-p", limit: "回答上限（词元）",
+    seed: "随机种子", random: "随机", unlimited: "不限", think: "先思考再回答",
+    system: "系统提示", key: "API 密钥", placeholder: "输入消息……（Enter 发送，Shift+Enter 换行）",
+    short: "输入消息……", empty: "问点什么，开始对话吧。", thinking: "思考中……", thought: "思考了 {} 秒",
+    tokens: "词元", rate: "词元/秒", stopped: "已停止", cut: "达到长度上限", you: "你", answer: "回答",
+    done: "回答完毕", offline: "无法连接服务器。", full: "浏览器存储空间已满。",
+    trimmed: "上下文已满，最早的几轮对话未发送。", auto: "跟随系统", light: "浅色", dark: "深色",
+    needKey: "此服务器需要 API 密钥，请在设置中填写。", other: "English", close: "关闭",
+    menu: "菜单", theme: "主题", byServer: "服务器默认", newest: "回到底部",
+    broken: "连接中断。", answering: "正在回答……", jump: "输入框",
+  },
+};
