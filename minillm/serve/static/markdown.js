@@ -2,7 +2,7 @@
 const LIST = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const RULE = /^\s*([-*_])(\s*\1){2,}\s*$/;
 const FENCE = /^\s{0,3}(`{3,}|~{3,})\s*([^`]*)$/;
-const TABLE_LINE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const TABLE_LINE = /^\s*\|?\s*:?-+:?(\s*\|\s*:?-+:?)*\s*\|?$/;
 // Spans are at most 1,000 characters, so that hostile text costs linear time.
 const LABEL = String.raw`((?:[^\[\]\n]|\[[^\[\]\n]{0,100}\]){0,500})`;
 const TARGET = String.raw`(?:<([^<>\n]{0,2000})>|((?:[^\s()<>]|\((?:[^\s()]|\([^\s()]{0,200}\)){0,500}\)){1,2000}))`;   // parentheses nest twice
@@ -121,7 +121,7 @@ function codeBlock(parent, language, text) {
 // One line that begins another kind of block ends a paragraph.
 function begins(line, next) {
   return FENCE.test(line) || RULE.test(line) || /^\s{0,3}(#{1,6}\s|>)/.test(line) || LIST.test(line)
-    || (line.includes("|") && next !== undefined && next.includes("-") && TABLE_LINE.test(next));
+    || (line.includes("|") && next !== undefined && next.includes("-") && TABLE_LINE.test(next.trimEnd()));
 }
 
 function blocks(parent, lines, depth = 0) {
@@ -134,8 +134,9 @@ function blocks(parent, lines, depth = 0) {
       for (at += 1; at < lines.length && !end.test(lines[at]);) at += 1;
       codeBlock(parent, fence[2].trim().split(/\s/)[0], lines.slice(start + 1, at).join("\n"));
       at += 1;
-    } else if ((found = /^\s{0,3}(#{1,6})\s+(.*?)\s*#*\s*$/.exec(line))) {
-      inline(element("h" + Math.min(6, found[1].length + 2), parent), found[2]);
+    } else if ((found = /^\s{0,3}(#{1,6})\s+(.*)$/.exec(line))) {
+      const title = found[2].trimEnd().replace(/(^|\s)#+$/, "");
+      inline(element("h" + Math.min(6, found[1].length + 2), parent), title.trimEnd());
       at += 1;
     } else if (RULE.test(line)) { element("hr", parent); at += 1; }
     else if (/^\s{0,3}>/.test(line) && depth < 8) {
