@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def disturb(words: list[str], run: Path, kinds: list[tuple[int, int, int]]) -> None:
+def disturb(words: list[str], run: Path, kinds: Sequence[tuple[int, int, int]]) -> None:
     """Run a command, stop it by each signal at its step, and let it finish."""
     stage = words[3]
     for number, step, code in kinds:
