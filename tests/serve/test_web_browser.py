@@ -290,6 +290,39 @@ def test_answers_go_on_in_their_own_conversation(scripted: Any, serve: Any, tab:
         assert len(it.turns()) == 4
 
 
+@pytest.mark.parametrize("secure", [True, False])
+def test_code_is_copied_with_and_without_https(
+    scripted: Any, serve: Any, tab: Any, secure: bool
+) -> None:
+    generator = scripted()
+    generator.script = {"hi": ("```py\n", "if x:\n", "    y = '<b>'\n", "```\nEnd")}
+    with serve(generator) as server:
+        it = tab(server.url, permissions=["clipboard-read", "clipboard-write"] if secure else [])
+        if not secure:
+            it.page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+        it.ask("hi")
+        it.page.click(".code button")
+        it.until("document.querySelector('.code button').textContent", "Copied")
+        it.page.focus("#box")
+        it.page.keyboard.press("Control+V")
+        assert it.page.input_value("#box") == "if x:\n    y = '<b>'"
+
+
+def test_a_full_storage_does_not_stop_the_chat(server: Any, tab: Any) -> None:
+    it = tab(server.url)
+    it.page.evaluate(
+        "for (let n = 2 ** 22, i = 0; n; i++)"
+        " try { localStorage.setItem('x' + i, 'x'.repeat(n)); } catch { n >>= 1; }"
+    )
+    it.ask("hi")
+    assert it.turns() == ["hi", "Hello!"]
+    assert it.page.inner_text("#notice") == "The browser's storage is full."
+    it.page.evaluate("localStorage.clear()")
+    it.ask("second")
+    it.page.reload()
+    assert it.turns() == ["hi", "Hello!", "second", "ok"]
+
+
 def test_two_tabs_do_not_overwrite_each_other(server: Any, tab: Any) -> None:
     one = tab(server.url)
     two = Tab(one.page.context.new_page(), server.url)
@@ -349,6 +382,8 @@ def test_on_a_phone_the_list_is_a_drawer(server: Any, tab: Any) -> None:
     assert not it.page.is_visible("#side")
     it.page.tap("#menu")
     it.page.wait_for_selector("#chats .name")
+    assert it.page.evaluate("document.activeElement.id") == "fresh"
+    it.page.evaluate("document.getElementById('box').focus()")  # nothing below can be reached
     assert it.page.evaluate("document.activeElement.id") == "fresh"
     it.page.keyboard.press("Escape")
     it.page.wait_for_selector("#side", state="hidden")

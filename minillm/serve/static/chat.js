@@ -53,8 +53,18 @@ function say(text, shown = false) {
 
 function keep(chat) { if (!saveChat(chat)) say(t.full, true); }
 
+// Without https, a page that is not from this computer has no `navigator.clipboard`.
+function oldCopy(text) {
+  const box = make("textarea", "sr", document.body);
+  box.value = text;
+  box.select();
+  const done = document.execCommand("copy");
+  box.remove();
+  return done;
+}
+
 async function copy(button, text) {
-  try { await navigator.clipboard.writeText(text); } catch { return; }
+  try { await navigator.clipboard.writeText(text); } catch { if (!oldCopy(text)) return; }
   button.textContent = t.copied;
   say(t.copied);
   setTimeout(() => { button.textContent = t.copy; }, 1500);
@@ -69,7 +79,7 @@ function drawUser(turn) {
   node.setAttribute("aria-label", t.you);
   const meta = make("div", "meta", node);
   textButton(meta, "edit", t.edit, () => edit(node, turn));
-  if (navigator.clipboard) textButton(meta, "", t.copy, (event) => copy(event.target, turn.content));
+  textButton(meta, "", t.copy, (event) => copy(event.target, turn.content));
 }
 
 function edit(node, turn) {
@@ -105,7 +115,7 @@ function drawAnswer(turn) {
   const text = make("div", "text", node), error = make("div", "error", node), meta = make("div", "meta", node);
   text.dir = "auto";
   textButton(meta, "again", t.again, () => again(turn));
-  if (navigator.clipboard) textButton(meta, "whole", t.copy, (event) => copy(event.target, turn.content));
+  textButton(meta, "whole", t.copy, (event) => copy(event.target, turn.content));
   const view = { node, think, summary, thought, text, error, stats: make("span", "", meta) };
   paint(view, turn);
   return view;
@@ -174,9 +184,9 @@ function take(chunk, job) {
   }
 }
 
-function endThought({ turn, view, first }) {
+function endThought({ turn, view, first }, open = false) {
   turn.thinkS = Number(((performance.now() - first) / 1000).toFixed(1));
-  if (view) view.think.open = false;
+  if (view) view.think.open = open;
 }
 
 async function answer(chat) {
@@ -200,7 +210,7 @@ async function answer(chat) {
     if (control.signal.aborted) turn.note = "stopped";
     else turn.error = error instanceof TypeError ? t.offline : error.message;
   }
-  if (turn.thought && turn.thinkS === undefined) endThought(job);
+  if (turn.thought && turn.thinkS === undefined) endThought(job, true);
   const stick = atEnd(), replaced = running.get(chat.id) !== job;
   if (!replaced) { running.delete(chat.id); keep(chat); }
   if (job.view?.node.isConnected) { paint(job.view, turn); if (stick) toEnd(); }

@@ -136,7 +136,7 @@ function blocks(parent, lines, depth = 0) {
       at += 1;
     } else if ((found = /^\s{0,3}(#{1,6})\s+(.*)$/.exec(line))) {
       const title = found[2].trimEnd().replace(/(^|\s)#+$/, "");
-      inline(element("h" + Math.min(6, found[1].length + 2), parent), title.trimEnd());
+      inline(element("h" + Math.min(6, found[1].length + 1), parent), title.trimEnd());
       at += 1;
     } else if (RULE.test(line)) { element("hr", parent); at += 1; }
     else if (/^\s{0,3}>/.test(line) && depth < 8) {

@@ -15,7 +15,7 @@ async function problem(response) {
 async function findModel() {
   const place = $("model");
   try {
-    const response = await fetch("/v1/models", { headers: headers() });
+    const response = await fetch("v1/models", { headers: headers() });
     if (!response.ok) { place.textContent = (await problem(response)).message; return; }
     model = (await response.json()).data[0].id;
     place.textContent = place.title = model;
@@ -53,7 +53,7 @@ async function* events(response) {
 // Returns {response, trimmed}: the oldest turns go, two by two, if the context is full.
 async function request(messages, signal) {
   for (let trimmed = false; ; trimmed = true) {
-    const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: body(messages), signal });
+    const response = await fetch("v1/chat/completions", { method: "POST", headers: headers(), body: body(messages), signal });
     if (response.ok) return { response, trimmed };
     const error = await problem(response);
     if (error.code !== "context_length_exceeded" || messages.length < 3) throw new Error(error.message);
