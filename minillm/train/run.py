@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from minillm.device import keep_freed_memory
 from minillm.log import Progress, Silent
 from minillm.train.distributed import World, join_world
 from minillm.train.job import Job, main_first
@@ -25,6 +26,8 @@ def run_job(
     with join_world(cfg.batch.device) as (world, device):
         if not world.is_main:
             progress = Silent()
+        if device.type == "cpu":
+            keep_freed_memory()
         job = main_first(world, out, lambda run: build(world, device, run))
         if not resume:
             for line in summary_lines(job):
