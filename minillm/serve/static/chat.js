@@ -88,7 +88,6 @@ function edit(node, turn) {
   const close = () => { form.remove(); node.classList.remove("editing"); };
   node.classList.add("editing");
   box.value = turn.content;
-  box.rows = Math.min(10, turn.content.split("\n").length + 1);
   box.setAttribute("aria-label", t.edit);
   textButton(row, "", t.cancel, () => { close(); node.querySelector(".edit").focus(); });
   textButton(row, "main", t.save, () => form.requestSubmit());
@@ -104,7 +103,9 @@ function edit(node, turn) {
     current.turns.length = current.turns.indexOf(turn);
     ask(text);
   };
+  box.oninput = () => fit(box);
   box.focus();
+  fit(box);
 }
 
 function drawAnswer(turn) {
@@ -254,10 +255,9 @@ function sends(event) {
   return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
 }
 
-function fit() {
-  const box = $("box");
+function fit(box = $("box")) {   // CSS says how high at most
   box.style.height = "auto";
-  box.style.height = Math.min(box.scrollHeight + 2, 192) + "px";
+  box.style.height = box.scrollHeight + 2 + "px";
 }
 
 function draw() {
@@ -289,7 +289,7 @@ function refresh() {
 
 function start() {
   $("form").onsubmit = (event) => { event.preventDefault(); if (running.has(current.id)) stop(); else send(); };
-  $("box").oninput = fit;
+  $("box").oninput = () => fit();
   $("box").onkeydown = (event) => {
     if (sends(event)) { event.preventDefault(); send(); }
     const last = [...document.querySelectorAll(".user .edit")].at(-1);
