@@ -1,31 +1,28 @@
 """The OpenAI-compatible HTTP interface: routes, streaming, errors, limits.
 
 Knows nothing of how tokens are made: it talks to a `minillm.serve.backend.Backend`. A client that
-goes away frees its place at once, streaming or not. Browsers of other sites get nothing: there
-are no CORS headers.
+goes away frees its place at once, streaming or not. Pages of other sites get nothing, unless they
+are named: by default there are no CORS headers.
 """
 
 import asyncio
-import hmac
-import json
-import logging
-import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from minillm.errors import MinillmError
+from minillm.serve.access import KeyRequired
 from minillm.serve.backend import Backend, Job, Run
 from minillm.serve.grammar import Grammars
 from minillm.serve.metrics import Metrics
 from minillm.serve.page import load_page
-from minillm.serve.problems import ApiError, error_body, status_of, too_long, unknown_model
+from minillm.serve.problems import ApiError, too_long, unknown_model
 from minillm.serve.replies import ChatReply, CompletionReply, Reply
 from minillm.serve.schema import (
     MAX_RUNS,
@@ -40,19 +37,23 @@ from minillm.serve.schema import (
     sampling_params,
 )
 from minillm.serve.think import OPEN, TAIL
-
-MAX_BODY_BYTES = 16 * 2**20
-OPEN_PATHS = frozenset(("/", "/health"))
-"""What needs no API key."""
-
-LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""Finds every escape that may be one; most are halves of a proper pair."""
-
-logger = logging.getLogger("minillm")
+from minillm.serve.wire import (
+    TimedJob,
+    abort_on_disconnect,
+    read_json,
+    show_error,
+    stream_events,
+)
 
 
 def create_app(
-    backend: Backend, *, model: str, defaults: Defaults | None = None, api_key: str = ""
+    backend: Backend,
+    *,
+    model: str,
+    defaults: Defaults | None = None,
+    keys: Mapping[str, str] | None = None,
+    cors_origins: Sequence[str] = (),
+    timeout_s: float = 0,
 ) -> FastAPI:
     """Build the application.
 
@@ -60,9 +61,12 @@ def create_app(
         backend: What makes the tokens.
         model: The name that clients use.
         defaults: Sampling where a request has none.
-        api_key: Required as `Authorization: Bearer KEY` on all but `OPEN_PATHS`; empty: no key.
+        keys: Key by name; one is required as `Authorization: Bearer KEY` on all but the page and
+            the health check. Empty: no key.
+        cors_origins: Sites whose pages may read answers, e.g. `https://chat.example`; `*` is all.
+        timeout_s: Longest time of one answer, with its time in the queue; 0: no limit.
     """
-    api = Api(backend, model, defaults or Defaults())
+    api = Api(backend, model, defaults or Defaults(), timeout_s)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     routes: Sequence[tuple[str, str, Callable[..., Any]]] = (
         ("GET", "/", api.page),
@@ -80,54 +84,27 @@ def create_app(
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
     for kind in (MinillmError, HTTPException, Exception):
         app.add_exception_handler(kind, show_error)
-    if api_key:
-        app.add_middleware(KeyRequired, key=api_key)
+    if keys:
+        app.add_middleware(KeyRequired, keys=keys, note=api.count_key)
+    if cors_origins:  # added last, so it answers the browsers' question before the key is asked for
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["retry-after"],
+        )
     return app
-
-
-async def show_error(request: Request, error: Exception) -> JSONResponse:
-    """Turn any exception into the JSON body of an OpenAI error."""
-    if isinstance(error, HTTPException):  # the router's own: no such path or method
-        code = {404: "not_found", 405: "method_not_allowed"}.get(
-            error.status_code, "invalid_request"
-        )
-        message = f"{error.detail}: {request.method} on this path"
-        headers = dict(error.headers or {})
-        error = ApiError(message, status=error.status_code, code=code, headers=headers)
-    headers = error.headers if isinstance(error, ApiError) else {}
-    return JSONResponse(error_body(error), status_of(error), headers)
-
-
-class KeyRequired:
-    """Middleware that lets only bearers of the key pass."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        """Guard `app`."""
-        self._app, self._expected = app, b"bearer " + key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 401."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
-            return await self._app(scope, receive, send)
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        given = given[:7].lower() + given[7:]
-        if hmac.compare_digest(given, self._expected):
-            return await self._app(scope, receive, send)
-        error = ApiError(
-            "the API key is missing or wrong; send it as `Authorization: Bearer KEY`",
-            status=401,
-            code="invalid_api_key",
-            kind="authentication_error",
-        )
-        response = JSONResponse(error_body(error), 401, {"www-authenticate": "Bearer"})
-        return await response(scope, receive, send)
 
 
 class Api:
     """The endpoints, and what they share."""
 
-    def __init__(self, backend: Backend, model: str, defaults: Defaults) -> None:
+    def __init__(
+        self, backend: Backend, model: str, defaults: Defaults, timeout_s: float = 0
+    ) -> None:
         """Serve `backend` under the name `model`."""
+        self._timeout_s = timeout_s
         self._backend, self._model, self._defaults = backend, model, defaults
         self._created = int(time.time())
         self._metrics, self._grammars = Metrics(), Grammars(backend)
@@ -230,6 +207,10 @@ class Api:
         text = self._metrics.render(self._backend.stats())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    def count_key(self, name: str) -> None:
+        """Count a request by the name of its key."""
+        self._metrics.by_key.labels(name).inc()
+
     def _card(self) -> dict[str, Any]:
         return {
             "id": self._model,
@@ -281,7 +262,9 @@ class Api:
     async def _answer(
         self, request: Request, call: ChatRequest | CompletionRequest, runs: list[Run], reply: Reply
     ) -> Response:
-        job = self._metrics.watch(self._backend.submit(runs), runs)
+        job: Job = self._metrics.watch(self._backend.submit(runs), runs)
+        if self._timeout_s:
+            job = TimedJob(job, self._timeout_s)
         watcher = asyncio.create_task(abort_on_disconnect(request.receive, job))
         if call.stream:
             events = stream_events(job, reply, watcher, include_usage=call.include_usage)
@@ -298,74 +281,3 @@ class Api:
             return Response(status_code=499)  # nobody reads it
         reply.check_finished()
         return JSONResponse(reply.body())
-
-
-async def read_json(request: Request) -> Any:
-    """Return the decoded body.
-
-    Raises:
-        ApiError: 413 above `MAX_BODY_BYTES`; 400 if it is not JSON.
-    """
-    pieces, size = [], 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > 4 * MAX_BODY_BYTES:
-            break  # a client that sends without end is cut off
-        if size <= MAX_BODY_BYTES:  # the rest is read and dropped: a client reads its answer last
-            pieces.append(piece)
-    if size > MAX_BODY_BYTES:
-        raise ApiError(
-            f"the request body is larger than {MAX_BODY_BYTES} bytes",
-            status=413,
-            code="request_too_large",
-            headers={"connection": "close"},
-        )
-    try:
-        text = b"".join(pieces).decode("utf-8")
-        body = json.loads(text, parse_constant=_no_constant)
-        if LONE_SURROGATE.search(text):  # half a character: no tokenizer takes it
-            json.dumps(body, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError):
-        raise ApiError("the request body is not valid JSON", code="invalid_json") from None
-    return body
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(name)  # NaN and Infinity are not JSON
-
-
-async def abort_on_disconnect(receive: Callable[[], Awaitable[Any]], job: Job) -> None:
-    """Wait until the client has gone, then free its place."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    job.abort()
-
-
-async def stream_events(
-    job: Job, reply: Reply, watcher: "asyncio.Task[None]", *, include_usage: bool
-) -> AsyncIterator[str]:
-    """Yield server-sent events to the end of the job, always closed by `[DONE]`."""
-    try:
-        for chunk in reply.opening():
-            yield _event(chunk)
-        async for index, delta in job:
-            for chunk in reply.feed(index, delta):
-                yield _event(chunk)
-        reply.check_finished()
-        if include_usage:
-            yield _event(reply.usage_chunk())
-    except Exception as error:
-        if not isinstance(error, MinillmError):
-            logger.exception("a streamed request failed")
-        yield _event(error_body(error))
-    finally:
-        watcher.cancel()
-        job.abort()
-    yield "data: [DONE]\n\n"
-
-
-def _event(data: Mapping[str, Any]) -> str:
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    for char in "\u0085\u2028\u2029":  # some clients take these for line ends
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return f"data: {text}\n\n"

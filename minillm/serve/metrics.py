@@ -19,6 +19,7 @@ class Metrics:
         self.requests = Counter(
             "minillm_requests", "Requests by outcome.", ["outcome"], registry=own
         )
+        self.by_key = Counter("minillm_key_uses", "Requests by key.", ["key"], registry=own)
         self.prompt_tokens = Counter("minillm_prompt_tokens", "Tokens read.", registry=own)
         self.answer_tokens = Counter("minillm_generation_tokens", "Tokens made.", registry=own)
         self.running = Gauge("minillm_requests_running", "Answers in work.", registry=own)

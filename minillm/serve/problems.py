@@ -71,7 +71,19 @@ def overloaded(num_waiting: int) -> ApiError:
 
 def unavailable(message: str) -> ApiError:
     """Return the 503 of a server that cannot generate."""
-    return ApiError(message, status=503, code="unavailable", kind="server_error")
+    headers = {"retry-after": "5"}
+    return ApiError(message, status=503, code="unavailable", kind="server_error", headers=headers)
+
+
+def timed_out(limit_s: float) -> ApiError:
+    """Return the 504 of an answer that took too long; another try would take as long."""
+    return ApiError(
+        f"the answer took longer than this server's limit of {limit_s:g} s; ask for fewer tokens",
+        status=504,
+        code="timeout",
+        kind="server_error",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def error_body(error: Exception) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from minillm.errors import ConfigError, SetupError
 from minillm.models.fast_decode import make_decode_step
 from minillm.models.generator import Generator
+from minillm.serve.access import Door, read_keys
 from minillm.serve.engine import Engine
 from minillm.serve.engine_backend import EngineBackend
 from minillm.serve.http import create_app
@@ -43,8 +44,9 @@ def run_server(config: ServeConfig, announce: Callable[[str], None]) -> None:
 
     Raises:
         SetupError: The address cannot be listened on, or the device is not there.
-        InputError: The model cannot be found or loaded.
+        InputError: The model cannot be found or loaded, or the file of keys is not as it must be.
     """
+    keys = read_keys(config.api_key, config.api_key_file)
     source = find_source(config.model)
     with listen(config.host, config.port) as sock:
         announce(f"loading `{source}`")
@@ -59,7 +61,9 @@ def run_server(config: ServeConfig, announce: Callable[[str], None]) -> None:
             worker,
             model=name,
             defaults=Defaults(config.temperature, config.top_p),
-            api_key=config.api_key,
+            keys=keys,
+            cors_origins=config.cors_origin,
+            timeout_s=config.request_timeout,
         )
         server = Server(app, config.drain_s, worker.abort_all)
         try:
@@ -143,18 +147,19 @@ def _free_port(host: str, taken: int) -> int:
 class Server(uvicorn.Server):
     """uvicorn's server with a drain: it says when it is ready, and ends answers in good order.
 
-    At the first signal it takes no more connections, and running answers get `drain_s` seconds.
+    At the first signal new requests get a 503, and running answers get `drain_s` seconds.
     After that, or at the second signal, they are cut short with an error that the client can read.
     """
 
     def __init__(self, app: FastAPI, drain_s: int, abort: Callable[[], None]) -> None:
         """Serve `app`; `abort` cuts running answers short."""
+        self._door = Door(app)
         super().__init__(
             uvicorn.Config(
-                app,
+                self._door,
                 log_level="warning",
                 access_log=False,
-                timeout_graceful_shutdown=drain_s + LAST_WORDS_S,
+                timeout_graceful_shutdown=LAST_WORDS_S,
                 lifespan="off",
             )
         )
@@ -176,15 +181,20 @@ class Server(uvicorn.Server):
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more connections and wait for the running answers."""
-        timer = asyncio.get_running_loop().call_later(self._drain_s, self._abort)
+        """Wait for the running answers, then take no more connections."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._drain_s
+        while self.server_state.tasks and self._num_signals < 2 and loop.time() < end:
+            await asyncio.sleep(0.02)
+        if self.server_state.tasks:
+            self._abort()
         await super().shutdown(sockets=sockets)
-        timer.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note a signal. uvicorn would raise it again after the shutdown; this does not."""
         self._num_signals += 1
         self.stopped_by = sig
+        self._door.close()
         self.should_exit = True
         if self._num_signals == 2 and self._loop is not None:
             self._loop.call_soon_threadsafe(self._abort)
@@ -195,10 +205,11 @@ def welcome(
     config: ServeConfig, name: str, sock: socket.socket, announce: Callable[[str], None]
 ) -> None:
     """Tell where the server is and how to try it."""
+    has_key = bool(config.api_key or config.api_key_file)
     host = config.host if config.host not in ("0.0.0.0", "::") else "127.0.0.1"
     place = f"[{host}]" if ":" in host else host
     url = f"http://{place}:{sock.getsockname()[1]}"
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if has_key else ""
     example = {"model": name, "messages": [{"role": "user", "content": "你好"}]}
     body = json.dumps(example, ensure_ascii=False).replace("'", "'\\''")
     announce(f"model      {name}")
@@ -208,6 +219,6 @@ def welcome(
         f"try        curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\"
     )
     announce(f"             -d '{body}'")
-    if config.host not in LOOPBACK and not config.api_key:
+    if config.host not in LOOPBACK and not has_key:
         announce(f"warning: anyone who reaches {config.host} can use this server; see `--api-key`")
     announce("Ctrl-C stops it")

@@ -1,11 +1,13 @@
 """Settings of `chat`, `serve` and `demo`."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_doc import Doc
 
+from minillm.errors import ConfigError
 from minillm.settings.checks import check_positive, check_range
 from minillm.settings.kinds import Device, Precision
 
@@ -35,8 +37,16 @@ class ChatConfig:
     """`minillm chat`."""
 
     model: Annotated[
-        str, Doc("Run folder, model folder or hub id; `auto` is the newest SFT run.")
+        str,
+        Doc(
+            "Run folder, model folder or hub id; `auto` is the newest SFT run. With `--url`: "
+            "the served name; `auto` is the first."
+        ),
     ] = "auto"
+    url: Annotated[
+        str, Doc("Talk to this OpenAI-compatible server instead, e.g. http://127.0.0.1:8000.")
+    ] = ""
+    api_key: Annotated[str, Doc("Key for `--url`.")] = ""
     backend: Annotated[
         Literal["generator", "engine", "transformers"],
         Doc("The short path, the server's engine, or transformers' own `generate`."),
@@ -69,7 +79,16 @@ class ServeConfig:
     served_model_name: Annotated[
         str, Doc("Name that clients use; empty: the run's or folder's name.")
     ] = ""
-    api_key: Annotated[str, Doc("Key that clients must send; empty: none.")] = ""
+    api_key: Annotated[
+        tuple[str, ...], Doc("Key that clients must send; repeatable; none: open to all.")
+    ] = ()
+    api_key_file: Annotated[Path | None, Doc("File of more keys, one `name:key` per line.")] = None
+    cors_origin: Annotated[
+        tuple[str, ...], Doc("Site whose pages may use the server; repeatable; `*` is all.")
+    ] = ()
+    request_timeout: Annotated[
+        float, Doc("Longest time of one answer in seconds, the queue included; 0: no limit.")
+    ] = 0.0
     temperature: Annotated[float, Doc("For requests that choose none; 0 is greedy.")] = 0.7
     top_p: Annotated[float, Doc("For requests that choose none.")] = 0.9
     backend: Annotated[
@@ -98,6 +117,13 @@ class ServeConfig:
         check_range(self, "cache_tokens", 0, 10**12)
         check_range(self, "top_p", 0, 1)
         check_range(self, "drain_s", 0, 3600)
+        check_range(self, "request_timeout", 0, 86_400)
+        for origin in self.cors_origin:
+            if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+                raise ConfigError(
+                    f"`--cors-origin {origin}` is not an origin: scheme, host and port, no path",
+                    hint="try `--cors-origin http://localhost:3000`",
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

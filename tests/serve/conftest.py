@@ -60,7 +60,7 @@ class ScriptedGenerator:
         self.num_running = 0
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, enable_think: bool = False
+        self, messages: Sequence[Mapping[str, Any]], *, enable_think: bool = False, **_: Any
     ) -> list[int]:
         text = "".join(f"[{turn['role']}]{turn['content']}" for turn in messages)
         return self.tokenizer.encode(text + "[assistant]" + ("<think>\n" if enable_think else ""))
@@ -130,10 +130,12 @@ def running(
     max_waiting: int = 64,
     api_key: str = "",
     drain_s: int = 0,
+    **options: Any,
 ) -> Iterator[Running]:
     """Serve `generator` until the block ends."""
     worker = Worker(generator, max_waiting=max_waiting)
-    app = create_app(worker, model=model, api_key=api_key)
+    options.setdefault("keys", {"it": api_key} if api_key else None)
+    app = create_app(worker, model=model, **options)
     server = Server(app, drain_s, worker.abort_all)
     ready = threading.Event()
     with listen("127.0.0.1", 0) as sock:
