@@ -253,9 +253,11 @@ class _Loop:
     def write_metrics(self) -> None:
         """Log the mean loss since the last line, and the speed."""
         state, job = self.state, self.job
+        if not state.window_steps:
+            return  # all were left out
         seconds = max(time.perf_counter() - self.timer, 1e-9)
         rate = self.timed_tokens / seconds
-        loss = state.window_loss / max(1, state.window_steps)
+        loss = state.window_loss / state.window_steps
         values = {
             "loss": loss,
             "ppl": math.exp(min(loss, 700.0)),
@@ -273,7 +275,7 @@ class _Loop:
             values |= scalars
         if self.peak:
             values["mfu"] = rate * self.flops / self.peak
-        if self.log is not None and state.window_steps:
+        if self.log is not None:
             self.log.write("train", state.step, values, vectors)
         self.progress.numbers(values)
         state.window_loss, state.window_steps = 0.0, 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from minillm.files import write_text
+from minillm.files import named_os_errors, write_text
 from minillm.train.heatmap import draw_heatmap
 from minillm.train.metrics_file import FILE
 from minillm.train.metrics_file import read_metrics as read_metrics
@@ -75,10 +75,11 @@ class MetricLog:
                 }
                 image = draw_heatmap(table, f"{group.replace('_', ' ')}, step {step:,}")
                 self._board.add_image(group, image, step, dataformats="HWC")
-        self._stream.write(json.dumps(row) + "\n")
-        self._stream.flush()
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        with named_os_errors(self._path):
+            self._stream.write(json.dumps(row) + "\n")
+            self._stream.flush()
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
         self._tracker.log(step, scalars)
 
     def write_text(self, tag: str, step: int, text: str) -> None:
@@ -87,8 +88,9 @@ class MetricLog:
 
     def close(self) -> None:
         """Flush all."""
-        self._stream.close()
-        self._board.close()
+        with named_os_errors(self._path):
+            self._stream.close()
+            self._board.close()
         self._tracker.finish()
 
 
