@@ -7,17 +7,50 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from minillm.errors import InputError
 from minillm.files import write_text
-from minillm.models.sampling import SamplingParams
-from minillm.serve.backend import TokenSource
-from minillm.serve.think import OPEN, TAIL, Part, ThinkSplitter
+from minillm.serve.think import Part
 from minillm.settings import SamplingConfig
+
+
+class ContextFullError(InputError):
+    """The conversation does not fit the context of a model behind a server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens so far; the prompt's are 0 where they are not known."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Speaker(Protocol):
+    """Who answers: a model in this process, or a server."""
+
+    max_context: int
+    """Tokens that a prompt and its answer may have together; 0 if that is not known."""
+
+    def count(self, messages: Sequence[Mapping[str, str]], *, think: bool) -> int:
+        """Return the tokens of a conversation and the opening of the answer; 0 if not known."""
+
+    def answer(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        settings: SamplingConfig,
+        *,
+        think: bool,
+        cancel: threading.Event,
+    ) -> Iterator[Part | Usage]:
+        """Yield the parts of one answer, and now and then its size; stop if `cancel` is set."""
+
+    def close(self) -> None:
+        """Free what it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +69,20 @@ class Stats:
         if self.num_tokens > 1 and self.decode_s > 0:
             parts.append(f"{(self.num_tokens - 1) / self.decode_s:.0f} tok/s")
         parts.append(f"first {self.first_s * 1000:.0f} ms")
-        return " · ".join([*parts, f"context {self.context_tokens}/{self.max_context}"])
+        if self.context_tokens:
+            limit = f"/{self.max_context}" if self.max_context else ""
+            parts.append(f"context {self.context_tokens}{limit}")
+        return " · ".join(parts)
 
 
 class Session:
     """The turns so far, and how the next answer is made."""
 
     def __init__(
-        self, source: TokenSource, settings: SamplingConfig | None = None, system: str = ""
+        self, speaker: Speaker, settings: SamplingConfig | None = None, system: str = ""
     ) -> None:
         """Begin without turns."""
-        self.source = source
+        self.speaker = speaker
         self.settings = settings or SamplingConfig()
         self.system = system
         self.think = False
@@ -111,60 +147,88 @@ class Session:
         self.turns, self.settings, self.system, self.think = turns, settings, system, think
 
     def context_tokens(self) -> int:
-        """Return how many tokens the conversation takes now."""
-        return len(self._encode(self.turns)) if self.turns else 0
+        """Return how many tokens the conversation takes now, or took in the last answer."""
+        if not self.turns:
+            return 0
+        counted = self._count(self.turns)
+        return counted or (self.stats.context_tokens if self.stats else 0)
 
     def _answer(self, cancel: threading.Event) -> Iterator[Part]:
-        prompt_ids, num_dropped = self._fit()
-        if num_dropped:
-            noun = "turn" if num_dropped == 1 else "turns"
-            yield Part("notice", f"left out the {num_dropped} oldest {noun}: the context is full")
-        splitter = ThinkSplitter(inside=self._opens_think(prompt_ids))
-        room = self.source.max_context - len(prompt_ids)
-        start, first, num_tokens = time.perf_counter(), 0.0, 0
-        for delta in self.source.stream(prompt_ids, self._params(room), cancel=cancel):
-            first = first or time.perf_counter()
-            num_tokens += len(delta.token_ids)
-            yield from splitter.feed(delta.text)
-        yield from splitter.flush()
-        end = time.perf_counter()
-        used = len(prompt_ids) + num_tokens
-        first = first or end
-        limit = self.source.max_context
-        self.stats = Stats(num_tokens, first - start, end - first, used, limit)
+        turns, num_dropped = self._fit()
+        while True:
+            if num_dropped:
+                noun = "turn" if num_dropped == 1 else "turns"
+                yield Part(
+                    "notice", f"left out the {num_dropped} oldest {noun}: the context is full"
+                )
+            try:
+                yield from self._speak(turns, cancel)
+            except ContextFullError:
+                if len(turns) == 1:
+                    raise
+                num_dropped += _drop_oldest(turns)
+                continue
+            return
 
-    def _params(self, room: int) -> SamplingParams:
-        values = dataclasses.asdict(self.settings)
-        return SamplingParams(**{**values, "max_tokens": min(self.settings.max_tokens, room)})
+    def _speak(self, turns: list[dict[str, str]], cancel: threading.Event) -> Iterator[Part]:
+        """Yield one answer's parts and set the statistics, however it ends."""
+        start, first, usage = time.perf_counter(), 0.0, Usage(0, 0)
+        messages = self._messages(turns)
+        try:
+            for piece in self.speaker.answer(
+                messages, self.settings, think=self.think, cancel=cancel
+            ):
+                self.turns = turns
+                if isinstance(piece, Usage):
+                    usage = piece
+                    if usage.completion_tokens:
+                        first = first or time.perf_counter()
+                else:
+                    first = first or time.perf_counter()
+                    yield piece
+        finally:
+            end = time.perf_counter()
+            first = first or end
+            used = usage.prompt_tokens and usage.prompt_tokens + usage.completion_tokens
+            self.stats = Stats(
+                num_tokens=usage.completion_tokens,
+                first_s=first - start,
+                decode_s=end - first,
+                context_tokens=used,
+                max_context=self.speaker.max_context,
+            )
 
-    def _encode(self, turns: list[dict[str, str]]) -> list[int]:
+    def _messages(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return self.source.encode_chat([*system, *turns], enable_think=self.think)
+        return [*system, *turns]
 
-    def _fit(self) -> tuple[list[int], int]:
-        """Return the prompt, after dropping the oldest exchanges until an answer has room.
+    def _count(self, turns: list[dict[str, str]]) -> int:
+        return self.speaker.count(self._messages(turns), think=self.think)
+
+    def _fit(self) -> tuple[list[dict[str, str]], int]:
+        """Return the turns, without the oldest exchanges if an answer had no room otherwise.
 
         An answer gets `max_tokens`, but a quarter of the context is always enough.
         """
-        limit = self.source.max_context
+        limit = self.speaker.max_context
         room = min(self.settings.max_tokens, limit // 4)
         turns, num_dropped = list(self.turns), 0
-        prompt_ids = self._encode(turns)
-        while len(prompt_ids) + room > limit and len(turns) > 1:
-            del turns[: 2 if turns[1]["role"] == "assistant" else 1]
-            num_dropped += 1
-            prompt_ids = self._encode(turns)
-        if len(prompt_ids) >= limit:
+        num_tokens = self._count(turns)
+        while num_tokens and num_tokens + room > limit and len(turns) > 1:
+            num_dropped += _drop_oldest(turns)
+            num_tokens = self._count(turns)
+        if num_tokens and num_tokens >= limit:
             raise InputError(
-                f"the message takes {len(prompt_ids)} tokens, the context holds {limit}",
+                f"the message takes {num_tokens} tokens, the context holds {limit}",
                 hint="send a shorter message",
             )
-        self.turns = turns
-        return prompt_ids, num_dropped
+        return turns, num_dropped
 
-    def _opens_think(self, prompt_ids: list[int]) -> bool:
-        tail = self.source.tokenizer.decode(prompt_ids[-TAIL:], skip_special_tokens=False)
-        return str(tail).rstrip().endswith(OPEN)
+
+def _drop_oldest(turns: list[dict[str, str]]) -> int:
+    """Take the oldest exchange away; return 1."""
+    del turns[: 2 if turns[1]["role"] == "assistant" else 1]
+    return 1
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, str]:

@@ -131,8 +131,8 @@ class Commands:
     def _stats(self, _: str) -> Outcome:
         session = self._session
         asked = sum(turn["role"] == "user" for turn in session.turns)
-        used, limit = session.context_tokens(), session.source.max_context
-        lines = [f"{asked} questions, context {used}/{limit}"]
+        used, limit = session.context_tokens(), session.speaker.max_context
+        lines = [f"{asked} questions, context {used}/{limit or '?'}"]
         if session.stats is not None:
             lines.append(f"last answer: {session.stats}")
         return Outcome("\n".join([*lines, "", self._set("").text]))

@@ -17,16 +17,10 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from minillm.errors import ConfigError, InputError, MinillmError
-from minillm.models.fast_decode import make_decode_step
-from minillm.models.generator import Generator
-from minillm.serve.backend import TokenSource
-from minillm.serve.chat import Session
+from minillm.errors import InputError, MinillmError
+from minillm.serve.chat import Session, Speaker
 from minillm.serve.commands import Commands
-from minillm.serve.engine import Engine
-from minillm.serve.memory import EngineSettings, supports_engine
-from minillm.serve.native import TransformersSource
-from minillm.serve.source import find_source, load, short_name
+from minillm.serve.remote import RemoteSpeaker
 from minillm.serve.think import Part
 from minillm.serve.wrap import Wrapper
 from minillm.settings import ChatConfig
@@ -40,44 +34,35 @@ def run_chat(config: ChatConfig, prompt: str, announce: Callable[[str], None]) -
     Raises:
         InputError: There is no model, or nothing to answer.
         SetupError: The device is not there.
+        RunError: The server of `--url` does not answer.
     """
-    place = find_source(config.model)
     is_filter = bool(prompt) or not (sys.stdin.isatty() and sys.stdout.isatty())
     if is_filter and not prompt:
         prompt = read_message(sys.stdin)
-    if not is_filter:
-        announce(f"loading `{place}`")
-    is_plain = config.backend == "transformers" and config.quantize == "none"
-    quantize = None if is_plain else config.quantize
-    model, tokenizer = load(
-        place, device=config.device, precision=config.precision, quantize=quantize
-    )
-    session = Session(make_source(config, model, tokenizer), config.sampling, config.system)
-    if is_filter:
-        write_answer(session.ask(prompt), sys.stdout)
-        return
-    name, limit = short_name(place), session.source.max_context
-    announce(f"{name} · context {limit} tokens · /help lists the commands")
-    Terminal(session, sys.stdout).run()
+    speaker, name = open_speaker(config, (lambda _: None) if is_filter else announce)
+    with contextlib.closing(speaker):
+        session = Session(speaker, config.sampling, config.system)
+        if is_filter:
+            write_answer(session.ask(prompt), sys.stdout)
+            return
+        limit = f" · context {speaker.max_context} tokens" if speaker.max_context else ""
+        announce(f"{name}{limit} · /help lists the commands")
+        Terminal(session, sys.stdout).run()
 
 
-def make_source(config: ChatConfig, model: Any, tokenizer: Any) -> TokenSource:
-    """Return what makes the tokens.
+def open_speaker(config: ChatConfig, announce: Callable[[str], None]) -> tuple[Speaker, str]:
+    """Return who answers, and its name; a server's model needs no torch here."""
+    if config.url:
+        model = "" if config.model == "auto" else config.model
+        remote = RemoteSpeaker(config.url, api_key=config.api_key, model=model)
+        return remote, f"{remote.model} at {remote.url}"
+    from minillm.serve.source import find_source, short_name
 
-    Raises:
-        ConfigError: The engine cannot run this model.
-    """
-    if config.backend == "transformers":
-        return TransformersSource(model, tokenizer)
-    if config.backend == "generator":
-        return Generator(model, tokenizer)
-    if not supports_engine(model):
-        raise ConfigError(
-            "`--backend engine` cannot run this model: it has layers that the engine does not know",
-            hint="leave `--backend` out",
-        )
-    decode = make_decode_step(model) if model.device.type == "cpu" else None
-    return Engine(model, tokenizer, EngineSettings(max_running=1, decode=decode))
+    place = find_source(config.model)
+    announce(f"loading `{place}`")
+    from minillm.serve.speaker import load_speaker
+
+    return load_speaker(config, place), short_name(place)
 
 
 def read_message(stream: TextIO) -> str:

@@ -19,6 +19,7 @@ from minillm.errors import ConfigError, InputError
 from minillm.serve.chat import Session, Stats
 from minillm.serve.commands import HELP, Commands
 from minillm.serve.source import find_source, short_name
+from minillm.serve.speaker import LocalSpeaker
 from minillm.serve.terminal import Terminal, is_open_block, read_message, unquote, write_answer
 from minillm.serve.think import ThinkSplitter
 from minillm.serve.wrap import Wrapper
@@ -27,7 +28,7 @@ from minillm.settings import SamplingConfig
 
 @pytest.fixture
 def session(scripted: Any) -> Session:
-    return Session(scripted(delay_s=0.002), SamplingConfig(max_tokens=50))
+    return Session(LocalSpeaker(scripted(delay_s=0.002)), SamplingConfig(max_tokens=50))
 
 
 def say(session: Session, text: str) -> str:
@@ -71,7 +72,7 @@ def test_the_history_is_in_the_next_prompt_without_the_think_part(session: Sessi
     assert say(session, "think") == "42"
     say(session, "hi")
     expected = "[system]S[user]think[assistant]42[user]hi[assistant]"
-    assert session.source.prompts[-1] == expected  # type: ignore[attr-defined]
+    assert session.speaker.source.prompts[-1] == expected  # type: ignore[attr-defined]
 
 
 def test_stats_count_tokens_and_context(session: Session) -> None:
@@ -122,7 +123,7 @@ def test_an_answer_never_outgrows_the_context(session: Session) -> None:
     session.settings = SamplingConfig(max_tokens=10_000)
     say(session, "hi")
     room = 400 - len("[user]hi[assistant]")
-    assert session.source.seen[-1].max_tokens == room  # type: ignore[attr-defined]
+    assert session.speaker.source.seen[-1].max_tokens == room  # type: ignore[attr-defined]
 
 
 def test_undo_takes_back_one_question_and_answer(session: Session) -> None:
@@ -194,7 +195,7 @@ def test_a_saved_conversation_loads_as_it_was(
     say(session, "chinese")
     path = tmp_path / "chat.json"
     Commands(session).run(f"/save {path}")
-    other = Session(scripted())
+    other = Session(LocalSpeaker(scripted()))
     Commands(other).run(f"/load {path}")
     for name in ("system", "think", "settings", "turns"):
         assert getattr(other, name) == getattr(session, name)
