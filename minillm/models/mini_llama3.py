@@ -64,8 +64,7 @@ class MiniLlama3Config(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    # Llama 3 has 500,000, for contexts of 8,192 and more. With the usual 10,000 the slowest pair
-    # turns by a twentieth of a circle over 2,048 positions, so no two look alike
+    # Llama 3 has 500,000, for contexts of 8,192 and more; over 2,048 the usual base tells all apart
     default_theta = 10_000.0
 
     vocab_size: int = 32_004
@@ -76,9 +75,7 @@ class MiniLlama3Config(PreTrainedConfig):
     num_key_value_heads: int | None = 4
     head_dim: int | None = 64
     hidden_act: str = "silu"
-    # what a model of this size can be trained on in a reasonable time; a dense score matrix of
-    # 2,048 x 2,048 still fits a laptop. RoPE scaling goes beyond
-    max_position_embeddings: int = 2_048
+    max_position_embeddings: int = 2_048  # trains in a reasonable time, dense scores fit a laptop
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
@@ -389,7 +386,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 4,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "max_position_embeddings": 1_024,
     },
 }
 
