@@ -21,6 +21,7 @@ from minillm.serve.access import KeyRequired
 from minillm.serve.backend import Backend, Job, Run
 from minillm.serve.grammar import Grammars
 from minillm.serve.metrics import Metrics
+from minillm.serve.openapi import describe
 from minillm.serve.page import load_page
 from minillm.serve.problems import ApiError, too_long, unknown_model
 from minillm.serve.replies import ChatReply, CompletionReply, Reply
@@ -67,6 +68,7 @@ def create_app(
         timeout_s: Longest time of one answer, with its time in the queue; 0: no limit.
     """
     api = Api(backend, model, defaults or Defaults(), timeout_s)
+    api.description = describe(needs_key=bool(keys))
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     routes: Sequence[tuple[str, str, Callable[..., Any]]] = (
         ("GET", "/", api.page),
@@ -79,6 +81,7 @@ def create_app(
         ("POST", "/tokenize", api.tokenize),
         ("POST", "/detokenize", api.detokenize),
         ("GET", "/metrics", api.metrics),
+        ("GET", "/openapi.json", api.openapi),
     )
     for method, path, endpoint in routes:
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
@@ -105,6 +108,7 @@ class Api:
     ) -> None:
         """Serve `backend` under the name `model`."""
         self._timeout_s = timeout_s
+        self.description = describe(needs_key=False)
         self._backend, self._model, self._defaults = backend, model, defaults
         self._created = int(time.time())
         self._metrics, self._grammars = Metrics(), Grammars(backend)
@@ -206,6 +210,10 @@ class Api:
         """Report for Prometheus."""
         text = self._metrics.render(self._backend.stats())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self) -> dict[str, Any]:
+        """Describe the interface for programs."""
+        return self.description
 
     def count_key(self, name: str) -> None:
         """Count a request by the name of its key."""
