@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from minillm.errors import InputError
 from minillm.files import write_text
@@ -86,6 +86,7 @@ class Session:
         self.settings = settings or SamplingConfig()
         self.system = system
         self.think = False
+        self.thoughts: Literal["on", "off", "fold"] = "fold"
         self.turns: list[dict[str, str]] = []
         self.stats: Stats | None = None
 

@@ -17,7 +17,7 @@ class Outcome:
     """What the terminal does next."""
 
     text: str = ""
-    action: Literal["", "quit", "ask"] = ""
+    action: Literal["", "quit", "ask", "copy"] = ""
     question: str = ""
 
 
@@ -25,9 +25,11 @@ HELP = (
     ("/help", "show this"),
     ("/system TEXT", "set the system message; `/system none` removes it"),
     ("/set KEY VALUE", "temperature, top_p, max_tokens, think on …; bare `/set` lists them"),
+    ("/think HOW", "show thoughts: on, off, or fold them to one line"),
     ("/clear", "forget the conversation"),
     ("/undo", "take back the last question and its answer"),
     ("/regenerate", "answer the last question anew"),
+    ("/copy", "put the last answer on the terminal's clipboard (OSC 52)"),
     ("/save FILE", "write the conversation as JSON"),
     ("/load FILE", "read a saved conversation"),
     ("/stats", "context, settings and the last answer's speed"),
@@ -48,6 +50,8 @@ class Commands:
             "/help": self._help,
             "/system": self._system,
             "/set": self._set,
+            "/think": self._think,
+            "/copy": self._copy,
             "/clear": self._clear,
             "/undo": self._undo,
             "/regenerate": self._regenerate,
@@ -103,6 +107,25 @@ class Commands:
             changed: dict[str, Any] = {key: _number(key, text)}
             session.settings = dataclasses.replace(session.settings, **changed)
         return Outcome(f"{key} = {text}")
+
+    def _think(self, argument: str) -> Outcome:
+        match argument:
+            case "on" | "off" | "fold":
+                self._session.thoughts = argument
+            case "":
+                pass
+            case _:
+                message = f"`/think` is `on`, `off` or `fold`, got `{argument}`"
+                raise ConfigError(message, hint="`/think fold`")
+        asked = "" if self._session.think else "; `/set think on` asks the model to think"
+        return Outcome(f"thoughts: {self._session.thoughts}{asked}")
+
+    def _copy(self, _: str) -> Outcome:
+        turns = self._session.turns
+        if not turns:
+            return Outcome("nothing to copy")
+        text = turns[-1]["content"]
+        return Outcome(f"copied {len(text)} characters", action="copy", question=text)
 
     def _clear(self, _: str) -> Outcome:
         self._session.clear()

@@ -3,6 +3,7 @@
 Piped, it is a filter: one message in, one answer out, and nothing else on stdout.
 """
 
+import base64
 import contextlib
 import os
 import shutil
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.shortcuts import CompleteStyle
 
 from minillm.errors import InputError, MinillmError
+from minillm.serve.answer_view import AnswerView
 from minillm.serve.chat import Session, Speaker
-from minillm.serve.commands import Commands
+from minillm.serve.commands import HELP, Commands
 from minillm.serve.remote import RemoteSpeaker
 from minillm.serve.think import Part
 from minillm.serve.wrap import Wrapper
@@ -141,7 +145,12 @@ class Terminal:
         self._is_plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
         self._had_text = False
         self._input: PromptSession[str] = PromptSession(
-            history=open_history(), key_bindings=self._keys(), multiline=True
+            history=open_history(),
+            key_bindings=self._keys(),
+            multiline=True,
+            completer=WordCompleter([usage.split()[0] for usage, _ in HELP], sentence=True),
+            complete_while_typing=False,
+            complete_style=CompleteStyle.READLINE_LIKE,
         )
 
     def run(self) -> None:
@@ -153,7 +162,10 @@ class Terminal:
             except EOFError:
                 return
             except KeyboardInterrupt:
-                if is_leaving and not self._had_text:
+                if self._had_text:
+                    is_leaving = False
+                    continue
+                if is_leaving:
                     return
                 self._dim("Ctrl-C again or Ctrl-D leaves")
                 is_leaving = True
@@ -165,36 +177,40 @@ class Terminal:
 
     def _handle(self, text: str) -> bool:
         """Run a command or answer a message; False is the end."""
+        turns = list(self._session.turns)
         try:
             if text.startswith("/"):
                 outcome = self._commands.run(text)
                 if outcome.text:
                     self._dim(outcome.text)
+                if outcome.action == "copy":
+                    self._show(clipboard(outcome.question))
                 if outcome.action == "ask":
                     self._answer(outcome.question)
                 return outcome.action != "quit"
             self._answer(text)
         except MinillmError as error:
+            if text == "/regenerate":
+                self._session.turns = turns
             self._dim(f"error: {error}")
             if error.hint:
                 self._dim(f"hint: {error.hint}")
         return True
 
     def _answer(self, text: str) -> None:
-        wrapper, kind = Wrapper(shutil.get_terminal_size().columns), ""
+        view = AnswerView(self._out, self._session.thoughts, is_plain=self._is_plain)
         with stop_on_interrupt() as cancel:
-            for part in self._session.ask(text, cancel):
-                if part.kind == "notice":
-                    self._dim(part.text)
-                    continue
-                if kind and part.kind != kind:
-                    self._show(wrapper.flush() + "\n\n", is_dim=kind == "think")
-                    wrapper = Wrapper(shutil.get_terminal_size().columns)
-                kind = part.kind
-                self._show(wrapper.feed(part.text), is_dim=kind == "think")
-            self._show(wrapper.flush(), is_dim=kind == "think")
+            try:
+                for part in self._session.ask(text, cancel):
+                    if part.kind == "notice":
+                        self._dim(part.text)
+                    else:
+                        view.add(part)
+            except KeyboardInterrupt:  # a second Ctrl-C
+                cancel.set()
+            finally:
+                view.finish()
         stopped = "stopped · " if cancel.is_set() else ""
-        self._show("\n" if kind else "")
         self._dim(f"{stopped}{self._session.stats}\n")
 
     def _dim(self, text: str) -> None:
@@ -228,6 +244,11 @@ class Terminal:
             event.app.exit(exception=KeyboardInterrupt, style="class:aborting")
 
         return keys
+
+
+def clipboard(text: str) -> str:
+    """Return the sequence (OSC 52) that makes a terminal put `text` on its clipboard."""
+    return f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07"
 
 
 def is_open_block(text: str) -> bool:

@@ -1,5 +1,6 @@
 """The terminal chat: turns and trimming, commands, line breaks, keys, and the piped form."""
 
+import base64
 import io
 import os
 import signal
@@ -141,7 +142,9 @@ def test_every_listed_command_exists(session: Session) -> None:
     for usage, _ in HELP:
         name, *argument = usage.split()
         assert name in commands.run("/help").text
-        if "FILE" in argument:
+        if name == "/think":
+            commands.run("/think off")
+        elif "FILE" in argument:
             with pytest.raises(ConfigError, match="needs a file"):
                 commands.run(name)
         else:
@@ -268,8 +271,24 @@ def test_an_answer_is_followed_by_one_dim_line(session: Session, keyboard: PipeI
 
 
 def test_the_think_part_is_dim(session: Session, keyboard: PipeInput) -> None:
+    session.thoughts = "on"
     screen = typed(session, keyboard, "think\r/quit\r")
     assert screen.startswith("\x1b[2mlet\x1b[0m\x1b[2m me\x1b[0m\x1b[2m see\n\n\x1b[0m42\n")
+
+
+def test_thoughts_are_folded_or_hidden(session: Session, keyboard: PipeInput) -> None:
+    screen = typed(session, keyboard, "think\r/think off\rthink\r\x04")
+    assert "let" not in screen
+    assert screen.count("▸ thought for 0.0 s") == 1
+    assert screen.count("42\n") == 2
+
+
+def test_copy_puts_the_answer_on_the_clipboard_and_tab_completes(
+    session: Session, keyboard: PipeInput
+) -> None:
+    screen = typed(session, keyboard, "chinese\r/cop\t\r\x04")
+    payload = screen.split("\x1b]52;c;")[1].split("\x07")[0]
+    assert base64.b64decode(payload).decode() == session.turns[-1]["content"]
 
 
 def test_without_colour_there_is_no_escape(
@@ -298,7 +317,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(
 ) -> None:
     screen = typed(session, keyboard, "never sent\x03hi\r\x03\x03never read\r")
     assert [turn["content"] for turn in session.turns] == ["hi", "Hello!"]
-    assert screen.count("Ctrl-C again") == 2
+    assert screen.count("Ctrl-C again") == 1
 
 
 def test_ctrl_c_while_answering_stops_the_answer_only(
