@@ -168,9 +168,9 @@ function renderMarkdown(parent, text) {
   nodes.forEach((node, index) => {
     const old = parent.childNodes[index];
     if (!old) parent.append(node);
-    else if (old.source !== node.outerHTML) old.replaceWith(node);
+    else if (!old.drawn.isEqualNode(node)) old.replaceWith(node);
     else return;
-    node.source = node.outerHTML;
+    node.drawn = node.cloneNode(true); // as it was before anyone pressed a button in it
   });
   while (parent.childNodes.length > nodes.length) parent.lastChild.remove();
 }
