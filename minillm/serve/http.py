@@ -25,19 +25,19 @@ from minillm.serve.openapi import describe
 from minillm.serve.page import load_page
 from minillm.serve.problems import ApiError, too_long, unknown_model
 from minillm.serve.replies import ChatReply, CompletionReply, Reply
+from minillm.serve.sampling_choice import Defaults, sampling_params
 from minillm.serve.schema import (
     MAX_RUNS,
     ChatRequest,
     CompletionRequest,
-    Defaults,
     DetokenizeRequest,
     TokenizeRequest,
     check_ids,
     parse,
     parse_plain,
-    sampling_params,
 )
 from minillm.serve.think import OPEN, TAIL
+from minillm.serve.tools import call_readers, call_schema, check_tools, plain_turns
 from minillm.serve.wire import (
     TimedJob,
     abort_on_disconnect,
@@ -138,23 +138,31 @@ class Api:
         self._check_model(call.model)
         messages = call.plain_messages()
         self._check_size((turn["content"] for turn in messages), "messages")
-        options = call.chat_template_kwargs
-        think = options.enable_think or options.enable_thinking
-        ids = await asyncio.to_thread(self._backend.encode_chat, messages, {"enable_think": think})
+        tools, wanted = check_tools(call.tools, call.tool_choice)
+        switches = call.chat_template_kwargs
+        think = switches.enable_think or switches.enable_thinking
+        options: dict[str, Any] = {"enable_think": think}
+        if "tools" not in self._backend.template:
+            messages = plain_turns(messages, tools)
+        elif tools:
+            options["tools"] = tools
+        self._check_size((turn["content"] for turn in messages), "messages")
+        ids = await asyncio.to_thread(self._backend.encode_chat, messages, options)
         inside = await asyncio.to_thread(self._backend.decode, ids[-TAIL:])
         is_inside = inside.rstrip().endswith(OPEN)
         runs = self._runs(call, [ids], "messages")
-        if call.response_format is not None:
-            make = await asyncio.to_thread(
-                self._grammars.json, call.response_format, inside=is_inside
-            )
+        schema = call_schema(tools, wanted) if wanted else call.response_format
+        if schema is not None:
+            make = await asyncio.to_thread(self._grammars.json, schema, inside=is_inside)
             runs = [replace(run, params=replace(run.params, constraint=make)) for run in runs]
+        one = wanted is not None or not call.parallel_tool_calls
         reply = ChatReply(
             self._model,
             len(ids),
             call.n,
             inside=is_inside,
             bytes_of=self._backend.token_bytes if call.logprobs else None,
+            readers=call_readers(call.n, is_forced=wanted is not None, one=one) if tools else (),
         )
         return await self._answer(request, call, runs, reply)
 

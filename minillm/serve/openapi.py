@@ -114,7 +114,7 @@ def describe(*, needs_key: bool) -> dict[str, Any]:
     schemas: dict[str, Any] = {"Error": _ERROR}
     paths: dict[str, Any] = {}
     for path, (title, kind) in _READS.items():
-        operation = {"summary": title, "responses": _responses(kind)}
+        operation: dict[str, Any] = {"summary": title, "responses": _responses(kind)}
         if "{model_id}" in path:
             operation["parameters"] = [
                 {"name": "model_id", "in": "path", "required": True, "schema": _TEXT}
@@ -134,7 +134,12 @@ def describe(*, needs_key: bool) -> dict[str, Any]:
         }
     about = {"title": "minillm", "version": version("minillm-lab")}
     components: dict[str, Any] = {"schemas": schemas}
-    whole = {"openapi": "3.1.0", "info": about, "paths": paths, "components": components}
+    whole: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": about,
+        "paths": paths,
+        "components": components,
+    }
     if needs_key:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         whole["security"] = [{"key": []}]

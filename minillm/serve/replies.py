@@ -8,13 +8,14 @@ in tokens.
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minillm.errors import RunError
 from minillm.models.generator import Delta
 from minillm.serve.logprobs import CompletionLogprobs, TokenBytes, Visible, chat_logprobs
 from minillm.serve.think import Part, ThinkSplitter
+from minillm.serve.tools import Call, CallReader
 
 
 class Reply:
@@ -92,6 +93,7 @@ class ChatReply(Reply):
         *,
         inside: bool,
         bytes_of: TokenBytes | None = None,
+        readers: Sequence[CallReader] = (),
     ) -> None:
         """Begin.
 
@@ -101,6 +103,7 @@ class ChatReply(Reply):
             num_choices: Answers.
             inside: The prompt ends with an open `<think>`.
             bytes_of: Gives a token's bytes; with it log-probabilities are reported.
+            readers: One per answer if tools may be called.
         """
         super().__init__(model, prompt_tokens, num_choices)
         self._bytes_of = bytes_of
@@ -108,6 +111,8 @@ class ChatReply(Reply):
         self._logprobs: list[list[dict[str, Any]]] = [[] for _ in range(num_choices)]
         self._splitters = [ThinkSplitter(inside=inside) for _ in range(num_choices)]
         self._parts: list[list[Part]] = [[] for _ in range(num_choices)]
+        self._readers = readers
+        self._calls: list[list[Call]] = [[] for _ in range(num_choices)]
 
     def opening(self) -> list[dict[str, Any]]:
         """Return one chunk per choice that names the role."""
@@ -118,15 +123,42 @@ class ChatReply(Reply):
         parts = self._splitters[index].feed(delta.text)
         if delta.finish_reason:
             parts += self._splitters[index].flush()
-        self._parts[index] += parts
-        chunks = [self._delta(index, _fields(part.kind, part.text)) for part in parts]
+        if self._readers:
+            chunks = self._read_calls(index, parts, is_end=bool(delta.finish_reason))
+        else:
+            self._parts[index] += parts
+            chunks = [self._delta(index, _fields(part.kind, part.text)) for part in parts]
         if found := self._measure(index, delta):
             if not chunks:
                 chunks = [self._delta(index, {"content": ""})]
             chunks[0]["choices"][0]["logprobs"] = {"content": found, "refusal": None}
         if delta.finish_reason:
-            self._finish[index] = delta.finish_reason
-            chunks.append(self._delta(index, {}, delta.finish_reason))
+            is_call = self._calls[index] and delta.finish_reason == "stop"
+            self._finish[index] = "tool_calls" if is_call else delta.finish_reason
+            chunks.append(self._delta(index, {}, self._finish[index]))
+        return chunks
+
+    def _read_calls(
+        self, index: int, parts: Sequence[Part], *, is_end: bool
+    ) -> list[dict[str, Any]]:
+        """Sort an answer's parts into text and calls; return their chunks."""
+        reader, items = self._readers[index], list[Part | str | Call]()
+        for part in parts:
+            items += [part] if part.kind == "think" else reader.feed(part.text)
+        if is_end:
+            items += reader.flush()
+        chunks = []
+        for item in items:
+            if isinstance(item, Call):
+                fields: dict[str, Any] = {
+                    "tool_calls": [{"index": len(self._calls[index]), **item.body()}]
+                }
+                self._calls[index].append(item)
+            else:
+                part = Part("text", item) if isinstance(item, str) else item
+                self._parts[index].append(part)
+                fields = _fields(part.kind, part.text)
+            chunks.append(self._delta(index, fields))
         return chunks
 
     def _measure(self, index: int, delta: Delta) -> list[dict[str, Any]]:
@@ -139,7 +171,7 @@ class ChatReply(Reply):
         return found
 
     def _delta(
-        self, index: int, fields: dict[str, str], finish: str | None = None
+        self, index: int, fields: Mapping[str, Any], finish: str | None = None
     ) -> dict[str, Any]:
         choice = {"index": index, "delta": fields, "logprobs": None, "finish_reason": finish}
         return self._chunk([choice])
@@ -149,6 +181,9 @@ class ChatReply(Reply):
         think = "".join(part.text for part in parts if part.kind == "think")
         text = "".join(part.text for part in parts if part.kind == "text")
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls := self._calls[index]:
+            message["content"] = text or None
+            message["tool_calls"] = [call.body() for call in calls]
         if think:
             message |= _fields("think", think)
         return {

@@ -4,7 +4,6 @@ A field is honoured or refused, never ignored; the few that are accepted without
 change an answer (`NO_EFFECT`). `null` means absent. Every refusal names its field.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -12,17 +11,14 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from minillm.models.sampling import SamplingParams
 from minillm.serve.problems import ApiError, short, unsupported
+from minillm.serve.tools import check_calls
 
 NO_EFFECT = frozenset(
     ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 )
 """Labels for the operator of a service; they cannot change an answer."""
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -46,7 +42,13 @@ MAX_RUNS = 128
 MAX_TURNS = 10_000
 """A conversation of more turns fits no context and costs time to check."""
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 _DROPPED = frozenset(("reasoning_content", "reasoning"))  # an earlier answer, sent back as it came
 
 
@@ -143,6 +145,9 @@ class Message(_Strict):
 
     role: Annotated[str, BeforeValidator(_role)]
     content: Annotated[str, BeforeValidator(_content)]
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 class StreamOptions(_Strict):
@@ -196,15 +201,25 @@ class ChatRequest(Request):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: Annotated[Any, BeforeValidator(_response_format)] = None
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
 
     @property
     def limit(self) -> int | None:
         """Longest answer in tokens; `None` is all that fits. The newer name wins."""
         return self.max_completion_tokens or self.max_tokens
 
-    def plain_messages(self) -> list[dict[str, str]]:
-        """Return the turns for the chat template."""
-        return [{"role": turn.role, "content": turn.content} for turn in self.messages]
+    def plain_messages(self) -> list[dict[str, Any]]:
+        """Return the turns for the chat template; only what is there."""
+        turns = []
+        for index, turn in enumerate(self.messages):
+            plain: dict[str, Any] = {"role": turn.role, "content": turn.content}
+            if turn.tool_calls:
+                calls = check_calls(turn.tool_calls, f"messages[{index}]")
+                plain["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+            turns.append(plain)
+        return turns
 
 
 class CompletionRequest(Request):
@@ -317,8 +332,15 @@ def _plain_turn(turn: Any, index: int) -> Any:
     if not isinstance(turn, dict):
         return turn
     kept = {key: value for key, value in turn.items() if value is not None and key not in _DROPPED}
-    for key in kept.keys() - {"role", "content"}:
-        if kept[key] not in ([], {}):
+    role = kept.get("role")
+    places = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
+    known = {"role", "content"} | (places.get(role, set()) if isinstance(role, str) else set())
+    if role == "assistant" and isinstance(calls := kept.get("tool_calls"), list):
+        kept["tool_calls"] = tuple(calls)
+        if calls:
+            kept.setdefault("content", "")
+    for key in kept.keys() - known:
+        if kept[key] not in ([], {}, ()):
             raise unsupported(f"messages[{index}].{key}", "the chat template has no place for it")
         del kept[key]
     return kept
@@ -340,54 +362,6 @@ def _first_problem(error: ValidationError) -> ApiError:
         message = "must be a JSON object"
     got = "" if kind == "invalid_value" else f", got `{short(detail['input'])}`"
     return ApiError(f"`{param}` {message}{got}", param=param)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Defaults:
-    """What a request gets that does not choose."""
-
-    temperature: float = 0.7
-    top_p: float = 0.9
-
-
-def sampling_params(
-    request: ChatRequest | CompletionRequest, defaults: Defaults, *, room: int, choice: int
-) -> SamplingParams:
-    """Return the sampling of one answer.
-
-    Args:
-        request: The request.
-        defaults: Temperature and top-p where the request has none.
-        room: Tokens left in the context; the answer is never longer.
-        choice: Which of the `n` answers: a given seed is counted up, so that they differ.
-    """
-    seed = None if request.seed is None else (request.seed + choice) % 2**63
-    pick = request.temperature, request.top_p
-    logprobs = prompt_logprobs = None
-    if isinstance(request, ChatRequest):
-        logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    else:
-        logprobs = request.logprobs
-        if request.echo and (logprobs is not None or request.limit == 0):
-            prompt_logprobs = logprobs or 0
-    max_tokens = room if request.limit is None else min(request.limit, room)
-    return SamplingParams(
-        temperature=defaults.temperature if pick[0] is None else pick[0],
-        top_p=defaults.top_p if pick[1] is None else pick[1],
-        top_k=request.top_k,
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=request.presence_penalty,
-        logit_bias=request.logit_bias,
-        max_tokens=max_tokens,
-        min_tokens=min(request.min_tokens, max_tokens),
-        stop=request.stop,
-        stop_ids=request.stop_token_ids,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        seed=seed,
-    )
 
 
 def check_ids(ids: Sequence[int] | Mapping[int, float], vocab_size: int, param: str) -> None:

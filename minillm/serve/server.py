@@ -22,7 +22,7 @@ from minillm.serve.engine_backend import EngineBackend
 from minillm.serve.http import create_app
 from minillm.serve.memory import EngineSettings, supports_engine
 from minillm.serve.native import TransformersSource
-from minillm.serve.schema import Defaults
+from minillm.serve.sampling_choice import Defaults
 from minillm.serve.source import find_source, load, short_name
 from minillm.serve.worker import Worker
 from minillm.settings import ServeConfig

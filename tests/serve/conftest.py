@@ -49,6 +49,14 @@ class ScriptedGenerator:
         "think": ("<thi", "nk>\nlet me", " see\n</think>\n\n", "42"),
         "chinese": ("你", "好，世", "界 🙂‍↔️", "\u2028\n"),
         "empty": (),
+        "call": (
+            "See.\n<to",
+            'ol_call>\n{"name": "add", "argu',
+            'ments": {"a": 1}}\n</tool_c',
+            "all>",
+        ),
+        "calls": ('<tool_call>{"name": "add"}</tool_call>\n<tool_call>{"name": "b"}</tool_call>',),
+        "broken": ("<tool_call>{oops</tool_call> a <b",),
     }
 
     def __init__(self, max_context: int = 400, delay_s: float = 0.01) -> None:
@@ -165,7 +173,7 @@ def serve() -> Callable[..., AbstractContextManager[Running]]:
     return running
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def scripted() -> type[ScriptedGenerator]:
     """The scripted generator's class."""
     return ScriptedGenerator

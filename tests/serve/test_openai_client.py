@@ -200,7 +200,7 @@ BAD_CHAT = [
     ({"messages": "hi"}, "messages", "invalid_value"),
     ({"messages": ["hi"]}, "messages[0]", "invalid_value"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "invalid_value"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "invalid_value"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_parameter"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -219,7 +219,8 @@ BAD_CHAT = [
         "context_length_exceeded",
     ),
     ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
-    ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+    ({"tools": [{"type": "function"}]}, "tools[0]", "invalid_value"),
+    ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
     ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
     ({"modalities": ["text", "audio"]}, "modalities", "unsupported_parameter"),
     ({"audio": {"voice": "alloy"}}, "audio", "unsupported_parameter"),

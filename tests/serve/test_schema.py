@@ -5,14 +5,8 @@ from typing import Any
 import pytest
 
 from minillm.serve.problems import ApiError, error_body, short
-from minillm.serve.schema import (
-    ChatRequest,
-    CompletionRequest,
-    Defaults,
-    check_ids,
-    parse,
-    sampling_params,
-)
+from minillm.serve.sampling_choice import Defaults, sampling_params
+from minillm.serve.schema import ChatRequest, CompletionRequest, check_ids, parse
 
 TURN = {"role": "user", "content": "hi"}
 
