@@ -72,3 +72,11 @@ def test_a_block_taller_than_the_screen_is_shown_once_and_whole() -> None:
     numbers = re.findall(r"line (\d+)", "\n".join(screen.rows))
     assert numbers == [f"{n:03}" for n in range(60)]
     assert screen.highest <= 10
+
+
+def test_a_tall_table_whose_columns_still_grow_is_shown_once() -> None:
+    rows = "".join(f"| row {n:03} | {'w' * (n // 3)} |\n" for n in range(60))
+    screen = shown(f"| a | b |\n|---|---|\n{rows}\nend\n", 9, width=60)
+    numbers = re.findall(r"row (\d+)", "\n".join(screen.rows))
+    assert numbers == [f"{n:03}" for n in range(60)]
+    assert screen.highest <= 10
