@@ -37,7 +37,7 @@ from minillm.serve.schema import (
     parse_plain,
 )
 from minillm.serve.think import OPEN, TAIL
-from minillm.serve.tools import call_readers, call_schema, check_tools, plain_turns
+from minillm.serve.tool_calls import call_readers, call_schema, check_tools, plain_turns
 from minillm.serve.wire import (
     TimedJob,
     abort_on_disconnect,

@@ -15,7 +15,7 @@ from minillm.errors import RunError
 from minillm.models.generator import Delta
 from minillm.serve.logprobs import CompletionLogprobs, TokenBytes, Visible, chat_logprobs
 from minillm.serve.think import Part, ThinkSplitter
-from minillm.serve.tools import Call, CallReader
+from minillm.serve.tool_calls import Call, CallReader
 
 
 class Reply:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from minillm.serve.problems import ApiError, short, unsupported
-from minillm.serve.tools import check_calls
+from minillm.serve.tool_calls import check_calls
 
 NO_EFFECT = frozenset(
     ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")

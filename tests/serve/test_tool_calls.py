@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 
-from minillm.serve.tools import Call, CallReader, call_schema
+from minillm.serve.tool_calls import Call, CallReader, call_schema
 
 ADD: Any = {
     "type": "function",
