@@ -50,7 +50,7 @@ docs: $(VENV)/.dev  ## write docs/cli.md anew from every --help
 
 bench: $(VENV)/.dev  ## training speed against transformers, a Markdown row (some minutes)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
-	$(BIN)/python benchmarks/pretrain.py
+	$(BIN)/python benchmarks/throughput.py
 
 clean:  ## remove the environment and caches; data/, runs/ and demo/ stay
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
