@@ -1,27 +1,26 @@
 """The engine behind the HTTP interface: jobs of one or more answers, and a bounded queue."""
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 from minillm.models.generator import Delta
 from minillm.serve.backend import Run, Stats
 from minillm.serve.engine import Engine
+from minillm.serve.outbox import Outbox
 from minillm.serve.problems import overloaded, unavailable
 from minillm.serve.request import Request
 from minillm.serve.texts import TextSide
 
 
-class EngineJob:
+class EngineJob(Outbox):
     """A request of one or more answers; iterate it in the event loop it was submitted from."""
 
     def __init__(self, backend: "EngineBackend", num_runs: int) -> None:
         """Wait for the deltas of so many answers."""
+        super().__init__()
         self.requests: list[Request] = []
         self._backend, self._num_left = backend, num_runs
         self._is_over = False
-        self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
 
     @property
     def has_begun(self) -> bool:
@@ -37,27 +36,16 @@ class EngineJob:
         is_last = self._num_left <= 0
         if is_last:
             self._backend.forget(self)
-        self._send((index, item) if isinstance(item, Delta) else item)
+        self.put((index, item) if isinstance(item, Delta) else item)
         if is_last and isinstance(item, Delta):
-            self._send(None)
-
-    def _send(self, item: tuple[int, Delta] | BaseException | None) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._outbox.put_nowait, item)
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Yield (index of the run, delta)."""
-        while (item := await self._outbox.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            self.put(None)
 
     def abort(self) -> None:
         """Give up; memory is free within a step."""
         if not self._is_over:
             self._is_over = True
             self._backend.forget(self)
-            self._send(None)
+            self.put(None)
 
 
 class EngineBackend(TextSide):

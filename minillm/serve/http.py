@@ -139,6 +139,10 @@ class Api:
         messages = call.plain_messages()
         self._check_size((turn["content"] for turn in messages), "messages")
         tools, wanted = check_tools(call.tools, call.tool_choice)
+        if wanted and call.response_format:
+            raise ApiError(
+                "a forced `tool_choice` excludes `response_format`", param="response_format"
+            )
         switches = call.chat_template_kwargs
         think = switches.enable_think or switches.enable_thinking
         options: dict[str, Any] = {"enable_think": think}

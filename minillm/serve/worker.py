@@ -4,51 +4,37 @@ The event loop only passes messages, so `/health` answers while the model comput
 requests wait for each other; there is no batching.
 """
 
-import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from minillm.models.generator import Delta
 from minillm.serve.backend import Run, Stats, TokenSource
+from minillm.serve.outbox import Outbox
 from minillm.serve.problems import overloaded, unavailable
 from minillm.serve.texts import TextSide
 
 logger = logging.getLogger("minillm")
 
 
-class WorkerJob:
+class WorkerJob(Outbox):
     """A request in the queue or in work; iterate it in the event loop it was submitted from."""
 
     def __init__(self, worker: "Worker", runs: Sequence[Run]) -> None:
         """Take the runs of one request."""
+        super().__init__()
         self.runs = runs
         self.cancelled = threading.Event()
         self._worker = worker
-        self._loop = asyncio.get_running_loop()
-        self._outbox: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
-
-    def post(self, item: tuple[int, Delta] | BaseException | None) -> None:
-        """Hand a delta, an error or the end (`None`) to the event loop; from any thread."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._outbox.put_nowait, item)
-
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
-        """Yield (index of the run, delta)."""
-        while (item := await self._outbox.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
 
     def abort(self) -> None:
         """Give up: out of the queue at once, or out of the generator at its next token."""
         if not self.cancelled.is_set():
             self.cancelled.set()
             self._worker.forget(self)
-            self.post(None)
+            self.put(None)
 
 
 class Worker(TextSide):
@@ -134,7 +120,7 @@ class Worker(TextSide):
                 jobs = [*self._waiting, *([self._current] if self._current else [])]
                 self._waiting.clear()
             for job in jobs:
-                job.post(unavailable("the server stopped generating"))
+                job.put(unavailable("the server stopped generating"))
 
     def _next(self) -> WorkerJob | None:
         with self._changed:
@@ -151,12 +137,12 @@ class Worker(TextSide):
             for index, run in enumerate(job.runs):
                 stream = self._generator.stream(run.prompt_ids, run.params, cancel=job.cancelled)
                 for delta in stream:
-                    job.post((index, delta))
+                    job.put((index, delta))
                 if job.cancelled.is_set():
                     break
-            job.post(None)
+            job.put(None)
         except torch.AcceleratorError:
             raise  # every later call would fail too
         except Exception as error:
             logger.debug("a generation failed", exc_info=True)
-            job.post(error)
+            job.put(error)

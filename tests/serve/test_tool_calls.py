@@ -95,6 +95,10 @@ def test_the_model_reads_tools_calls_and_results(client: openai.OpenAI, server: 
         ({"tools": [ADD, ADD]}, "tools[1].function.name"),
         ({"tool_choice": "sometimes"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "none"}}}, "tool_choice"),
+        (
+            {"tool_choice": "required", "response_format": {"type": "json_object"}},
+            "response_format",
+        ),
     ],
 )
 def test_a_wrong_tool_is_a_400_that_names_it(
