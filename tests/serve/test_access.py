@@ -85,13 +85,12 @@ def test_an_answer_over_the_time_limit_is_a_504_that_no_client_repeats(
     serve: Any, scripted: Any
 ) -> None:
     with serve(scripted(), timeout_s=0.3) as server:
-        start = time.monotonic()
         with (
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="-") as client,
             pytest.raises(openai.InternalServerError) as caught,
         ):
             client.chat.completions.create(**body("slow"))
-        assert time.monotonic() - start < 0.9
+        assert len(server.generator.prompts) == 1
         assert (caught.value.status_code, caught.value.code) == (504, "timeout")
         events = httpx.post(server.url + CHAT, json=body("slow", stream=True)).text.split("\n\n")
         assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "timeout"

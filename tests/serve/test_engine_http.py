@@ -104,7 +104,7 @@ def test_several_choices_of_one_request_come_together(server: Running) -> None:
 
 
 def test_a_client_that_leaves_frees_its_place_within_a_second(server: Running) -> None:
-    body = {"model": MODEL, "prompt": "a", "max_tokens": 1900, "stream": True}
+    body = {"model": MODEL, "prompt": "a", "min_tokens": 1900, "max_tokens": 1900, "stream": True}
     with (
         httpx.Client() as client,
         client.stream("POST", f"{server.url}/v1/completions", json=body) as response,
@@ -116,7 +116,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_second(server: Running) -
 
 def test_a_full_queue_is_429(server: Running) -> None:
     async def flood() -> list[int]:
-        body = {"model": MODEL, "prompt": "a", "max_tokens": 60, "temperature": 1}
+        body = {"model": MODEL, "prompt": "a", "min_tokens": 60, "max_tokens": 60}
         async with httpx.AsyncClient(timeout=60) as client:
             calls = [client.post(f"{server.url}/v1/completions", json=body) for _ in range(12)]
             return [response.status_code for response in await asyncio.gather(*calls)]
