@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from minillm.errors import MinillmError
 from minillm.models.generator import Delta
@@ -18,6 +19,7 @@ from minillm.serve.problems import ApiError, error_body, status_of, timed_out
 from minillm.serve.replies import Reply
 
 MAX_BODY_BYTES = 16 * 2**20
+BODY_TIMEOUT_S = 60
 
 LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """Finds every escape that may be one; most are halves of a proper pair."""
@@ -42,15 +44,26 @@ async def read_json(request: Request) -> Any:
     """Return the decoded body.
 
     Raises:
-        ApiError: 413 above `MAX_BODY_BYTES`; 400 if it is not JSON.
+        ApiError: 413 above `MAX_BODY_BYTES`; 408 after `BODY_TIMEOUT_S`; 400 if it is not JSON.
     """
     pieces, size = [], 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > 4 * MAX_BODY_BYTES:
-            break  # a client that sends without end is cut off
-        if size <= MAX_BODY_BYTES:  # the rest is read and dropped: a client reads its answer last
-            pieces.append(piece)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for piece in request.stream():
+                size += len(piece)
+                if size > 4 * MAX_BODY_BYTES:
+                    break  # a client that sends without end is cut off
+                if size <= MAX_BODY_BYTES:  # the rest is dropped: a client reads its answer last
+                    pieces.append(piece)
+    except ClientDisconnect:
+        raise ApiError("the client left in the middle of its request") from None
+    except TimeoutError:
+        raise ApiError(
+            f"the request body was not whole within {BODY_TIMEOUT_S} seconds",
+            status=408,
+            code="request_timeout",
+            headers={"connection": "close"},
+        ) from None
     if size > MAX_BODY_BYTES:
         raise ApiError(
             f"the request body is larger than {MAX_BODY_BYTES} bytes",
@@ -113,28 +126,31 @@ class TimedJob:
 async def stream_events(
     job: Job, reply: Reply, watcher: "asyncio.Task[None]", *, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Yield server-sent events to the end of the job, always closed by `[DONE]`."""
+    """Yield server-sent events to the end of the job, always closed by the reply's end mark."""
+    named = reply.names_events
     try:
         for chunk in reply.opening():
-            yield _event(chunk)
+            yield _event(chunk, named)
         async for index, delta in job:
             for chunk in reply.feed(index, delta):
-                yield _event(chunk)
+                yield _event(chunk, named)
         reply.check_finished()
-        if include_usage:
-            yield _event(reply.usage_chunk())
+        for chunk in reply.closing(include_usage=include_usage):
+            yield _event(chunk, named)
     except Exception as error:
         if not isinstance(error, MinillmError):
             logger.exception("a streamed request failed")
-        yield _event(error_body(error))
+        for chunk in reply.failure(error):
+            yield _event(chunk, named)
     finally:
         watcher.cancel()
         job.abort()
-    yield "data: [DONE]\n\n"
+    if reply.end_mark:
+        yield reply.end_mark
 
 
-def _event(data: Mapping[str, Any]) -> str:
+def _event(data: Mapping[str, Any], named: bool) -> str:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     for char in "\u0085\u2028\u2029":  # some clients take these for line ends
         text = text.replace(char, f"\\u{ord(char):04x}")
-    return f"data: {text}\n\n"
+    return f"event: {data['type']}\ndata: {text}\n\n" if named else f"data: {text}\n\n"

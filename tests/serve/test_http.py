@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from minillm.errors import ConfigError, SetupError
+from minillm.serve import wire
 from minillm.serve.server import listen
 
 MODEL = "lab/scripted"
@@ -67,6 +69,31 @@ def test_a_deeply_nested_field_is_a_400(http: httpx.Client) -> None:
 def test_a_body_over_the_limit_is_a_413(http: httpx.Client) -> None:
     raw = b'{"x": "' + b"a" * (16 * 2**20) + b'"}'
     check_error(http.post(CHAT, content=raw), 413, "request_too_large")
+
+
+def _half_a_request(server: Any) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    link = socket.create_connection((host, int(port)), timeout=10)
+    link.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{{".encode())
+    return link
+
+
+def test_a_body_that_never_comes_whole_is_a_408(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "BODY_TIMEOUT_S", 0.05)
+    with _half_a_request(server) as link:
+        answer = link.recv(9999).decode()
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert '"code":"request_timeout"' in answer
+
+
+def test_a_client_that_leaves_midway_in_its_body_leaves_no_traceback(
+    http: httpx.Client, server: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    _half_a_request(server).close()
+    http.get("/health")  # the loop has gone round
+    assert caplog.text == ""
 
 
 def test_megabytes_of_prompt_are_refused_before_they_are_tokenized(
