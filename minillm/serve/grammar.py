@@ -11,6 +11,11 @@ from minillm.models.sampling import Constraint
 from minillm.serve.backend import Backend
 from minillm.serve.problems import ApiError
 from minillm.serve.think import CLOSE
+from minillm.serve.tool_calls import CLOSE as CALL_CLOSE
+from minillm.serve.tool_calls import OPEN as CALL_OPEN
+
+TIGHT = {"whitespace_flexible": False}
+"""Free white space is where a small model gets lost."""
 
 
 class Grammars:
@@ -20,24 +25,52 @@ class Grammars:
         self._backend = backend
         self._tokenizer: Any = None
 
-    def json(self, schema: Any, *, inside: bool) -> Callable[[], Constraint]:
-        """Return a maker of constraints to `schema`.
+    def json(
+        self, schema: Any, *, inside: bool, param: str = "response_format"
+    ) -> Callable[[], Constraint]:
+        """Return a maker of constraints to `schema`, for whole answers.
 
         Args:
             schema: A JSON schema.
             inside: The answer begins in a think part, which stays free.
+            param: The field that asks for it.
 
         Raises:
             ApiError: 400 if llguidance is not installed or cannot follow the schema.
         """
+        return self._make(
+            lambda lib: lib.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=TIGHT),
+            inside=inside,
+            param=param,
+        )
+
+    def calls(self, schema: Any, *, inside: bool, param: str) -> Callable[[], Constraint]:
+        """Return a maker of constraints to free text in which every call follows `schema`.
+
+        Raises:
+            ApiError: As `json`.
+        """
+        call = json.dumps({**schema, "x-guidance": TIGHT})
+        lark = (
+            "%llguidance {}\nstart: call* TEXT\nTEXT: /(.|\\n)*/\n"
+            f'begin[lazy]: TEXT "{CALL_OPEN}"\n'
+            f'call: begin "\\n"? body "\\n"? "{CALL_CLOSE}"\nbody: %json {call}\n'
+        )
+        return self._make(
+            lambda lib: lib.LLMatcher.grammar_from_lark(lark), inside=inside, param=param
+        )
+
+    def _make(
+        self, grammar_of: Callable[[Any], str], *, inside: bool, param: str
+    ) -> Callable[[], Constraint]:
         try:
             import llguidance
         except ImportError:
             raise ApiError(
-                "`response_format` needs llguidance, which is not installed on this server; "
+                f"`{param}` needs llguidance, which is not installed on this server; "
                 "its operator can add it: `pip install 'minillm-lab[grammar]'`",
                 code="unsupported_parameter",
-                param="response_format",
+                param=param,
             ) from None
         if self._tokenizer is None:
             self._tokenizer = llguidance.LLTokenizer(
@@ -47,15 +80,13 @@ class Grammars:
             )
         matcher = llguidance.LLMatcher
         try:
-            # free white space is where a small model gets lost
-            options: Any = {"whitespace_flexible": False}
-            grammar = matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+            grammar = grammar_of(llguidance)
             problem = matcher.validate_grammar(grammar, self._tokenizer)
         except ValueError as error:
             problem = str(error)
         if problem:
             why = str(problem).splitlines()[0]
-            raise ApiError(f"this schema cannot be followed: {why}", param="response_format")
+            raise ApiError(f"this schema cannot be followed: {why}", param=param)
         made = self._tokenizer, grammar
         return lambda: JsonConstraint(matcher(*made), self._backend, inside=inside)
 

@@ -8,7 +8,6 @@ are named: by default there are no CORS headers.
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,13 +18,16 @@ from starlette.middleware.cors import CORSMiddleware
 from minillm.errors import MinillmError
 from minillm.serve.access import KeyRequired
 from minillm.serve.backend import Backend, Job, Run
+from minillm.serve.conversation import prepare
 from minillm.serve.grammar import Grammars
 from minillm.serve.metrics import Metrics
 from minillm.serve.openapi import describe
 from minillm.serve.page import load_page
-from minillm.serve.problems import ApiError, too_long, unknown_model
+from minillm.serve.problems import ApiError, unknown_model
+from minillm.serve.prompts import check_size, make_runs
 from minillm.serve.replies import ChatReply, CompletionReply, Reply
-from minillm.serve.sampling_choice import Defaults, sampling_params
+from minillm.serve.responses_http import Responses
+from minillm.serve.sampling_choice import Defaults
 from minillm.serve.schema import (
     MAX_RUNS,
     ChatRequest,
@@ -36,8 +38,6 @@ from minillm.serve.schema import (
     parse,
     parse_plain,
 )
-from minillm.serve.think import OPEN, TAIL
-from minillm.serve.tool_calls import call_readers, call_schema, check_tools, plain_turns
 from minillm.serve.wire import (
     TimedJob,
     abort_on_disconnect,
@@ -77,6 +77,11 @@ def create_app(
         ("GET", "/v1/models/{model_id:path}", api.model),
         ("POST", "/v1/chat/completions", api.chat),
         ("POST", "/v1/completions", api.completions),
+        ("POST", "/v1/responses", api.responses.create),
+        ("GET", "/v1/responses/{response_id}", api.responses.fetch),
+        ("DELETE", "/v1/responses/{response_id}", api.responses.delete),
+        ("POST", "/v1/responses/{response_id}/cancel", api.responses.cancel),
+        ("GET", "/v1/responses/{response_id}/input_items", api.responses.input_items),
         ("POST", "/v1/embeddings", api.embeddings),
         ("POST", "/tokenize", api.tokenize),
         ("POST", "/detokenize", api.detokenize),
@@ -93,7 +98,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["retry-after"],
         )
@@ -112,6 +117,7 @@ class Api:
         self._backend, self._model, self._defaults = backend, model, defaults
         self._created = int(time.time())
         self._metrics, self._grammars = Metrics(), Grammars(backend)
+        self.responses = Responses(backend, model, defaults, self._grammars, self._answer)
         self._page, self._page_headers = load_page()
 
     async def page(self) -> Response:
@@ -136,39 +142,15 @@ class Api:
         """Answer a conversation."""
         call = parse(ChatRequest, await read_json(request))
         self._check_model(call.model)
-        messages = call.plain_messages()
-        self._check_size((turn["content"] for turn in messages), "messages")
-        tools, wanted = check_tools(call.tools, call.tool_choice)
-        if wanted and call.response_format:
-            raise ApiError(
-                "a forced `tool_choice` excludes `response_format`", param="response_format"
-            )
-        switches = call.chat_template_kwargs
-        think = switches.enable_think or switches.enable_thinking
-        options: dict[str, Any] = {"enable_think": think}
-        if "tools" not in self._backend.template:
-            messages = plain_turns(messages, tools)
-        elif tools:
-            options["tools"] = tools
-        self._check_size((turn["content"] for turn in messages), "messages")
-        ids = await asyncio.to_thread(self._backend.encode_chat, messages, options)
-        inside = await asyncio.to_thread(self._backend.decode, ids[-TAIL:])
-        is_inside = inside.rstrip().endswith(OPEN)
-        runs = self._runs(call, [ids], "messages")
-        schema = call_schema(tools, wanted) if wanted else call.response_format
-        if schema is not None:
-            make = await asyncio.to_thread(self._grammars.json, schema, inside=is_inside)
-            runs = [replace(run, params=replace(run.params, constraint=make)) for run in runs]
-        one = wanted is not None or not call.parallel_tool_calls
+        made = await prepare(call, self._backend, self._grammars, self._defaults)
         reply = ChatReply(
             self._model,
-            len(ids),
+            made.num_tokens,
             call.n,
-            inside=is_inside,
+            items=made.items,
             bytes_of=self._backend.token_bytes if call.logprobs else None,
-            readers=call_readers(call.n, is_forced=wanted is not None, one=one) if tools else (),
         )
-        return await self._answer(request, call, runs, reply)
+        return await self._answer(request, made.runs, reply, call)
 
     async def completions(self, request: Request) -> Response:
         """Continue plain text."""
@@ -178,9 +160,9 @@ class Api:
             message = f"`prompt` and `n` ask for {len(call.prompt) * call.n} answers"
             raise ApiError(f"{message}; the limit is {MAX_RUNS}", param="n")
         texts = [item for item in call.prompt if isinstance(item, str)]
-        self._check_size(texts, "prompt")
+        check_size(texts, self._backend, "prompt")
         encoded = [await self._ids(item) for item in call.prompt]
-        runs = self._runs(call, encoded, "prompt")
+        runs = make_runs(call, encoded, self._backend, self._defaults, "prompt")
         echoes = [
             (await self._text(item), ids)
             for item, ids in zip(call.prompt, encoded, strict=True)
@@ -191,7 +173,7 @@ class Api:
         reply = CompletionReply(
             self._model, num_tokens, len(runs), echoes=echoes, bytes_of=bytes_of
         )
-        return await self._answer(request, call, runs, reply)
+        return await self._answer(request, runs, reply, call)
 
     async def embeddings(self, request: Request) -> Response:
         """Refuse: the models here make text."""
@@ -244,12 +226,6 @@ class Api:
         if given != self._model:
             raise unknown_model(given, self._model)
 
-    def _check_size(self, texts: Any, param: str) -> None:
-        """Refuse what cannot fit before time goes into tokenizing it."""
-        limit = self._backend.max_prompt_bytes()
-        if any(len(text.encode()) > limit for text in texts):
-            raise too_long(None, self._backend.max_context, param)
-
     async def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             return await asyncio.to_thread(self._backend.encode, prompt)
@@ -261,26 +237,8 @@ class Api:
             return prompt
         return await asyncio.to_thread(self._backend.decode, prompt)
 
-    def _runs(
-        self, call: ChatRequest | CompletionRequest, prompts: Sequence[list[int]], param: str
-    ) -> list[Run]:
-        check_ids(call.logit_bias, self._backend.vocab_size, "logit_bias")
-        check_ids(call.stop_token_ids, self._backend.vocab_size, "stop_token_ids")
-        limit = self._backend.max_context
-        runs = []
-        for ids in prompts:
-            if not ids:
-                raise ApiError(f"`{param}` is empty", param=param)
-            room = limit - len(ids)
-            if room < (0 if call.limit == 0 else 1):
-                raise too_long(len(ids), limit, param)
-            for choice in range(call.n):
-                params = sampling_params(call, self._defaults, room=room, choice=choice)
-                runs.append(Run(ids, params))
-        return runs
-
     async def _answer(
-        self, request: Request, call: ChatRequest | CompletionRequest, runs: list[Run], reply: Reply
+        self, request: Request, runs: list[Run], reply: Reply, call: ChatRequest | CompletionRequest
     ) -> Response:
         job: Job = self._metrics.watch(self._backend.submit(runs), runs)
         if self._timeout_s:

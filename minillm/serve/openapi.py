@@ -4,12 +4,14 @@ Bodies come from the request models that check them; where a model reads several
 through a function of its own, the forms are written out here.
 """
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from pydantic import BaseModel
 
+from minillm.serve.responses_schema import LOGPROBS, ResponseRequest
 from minillm.serve.schema import (
     ROLES,
     ChatRequest,
@@ -71,6 +73,19 @@ _FORMS: Mapping[str, Mapping[str, Any]] = {
             {"type": "array", "items": {**_IDS, "minItems": 1}, "minItems": 1},
         ]
     },
+    "input": {
+        "anyOf": [
+            _TEXT,
+            {"type": "array", "items": {"type": "object"}, "minItems": 1},
+        ]
+    },
+    "include": {"type": "array", "items": {"const": LOGPROBS}},
+    "metadata": {
+        "type": "object",
+        "propertyNames": {"maxLength": 64},
+        "additionalProperties": {"type": "string", "maxLength": 512},
+        "maxProperties": 16,
+    },
     "role": {"enum": list(ROLES)},
     "content": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT_PART}]},
 }
@@ -95,15 +110,18 @@ _ERROR = {
 _BODIES: Mapping[str, tuple[str, type[BaseModel]]] = {
     "/v1/chat/completions": ("Answer a conversation", ChatRequest),
     "/v1/completions": ("Continue plain text", CompletionRequest),
+    "/v1/responses": ("Answer a conversation (Responses API)", ResponseRequest),
     "/tokenize": ("Ids of text", TokenizeRequest),
     "/detokenize": ("Text of ids", DetokenizeRequest),
 }
-_STREAMS = frozenset(("/v1/chat/completions", "/v1/completions"))
+_STREAMS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses"))
 _READS = {
     "/": ("The chat page", "text/html"),
     "/health": ("Whether text can be generated", "application/json"),
     "/v1/models": ("The models", "application/json"),
     "/v1/models/{model_id}": ("One model", "application/json"),
+    "/v1/responses/{response_id}": ("A stored response", "application/json"),
+    "/v1/responses/{response_id}/input_items": ("Its input", "application/json"),
     "/metrics": ("Numbers for Prometheus", "text/plain"),
     "/openapi.json": ("This description", "application/json"),
 }
@@ -115,10 +133,10 @@ def describe(*, needs_key: bool) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for path, (title, kind) in _READS.items():
         operation: dict[str, Any] = {"summary": title, "responses": _responses(kind)}
-        if "{model_id}" in path:
-            operation["parameters"] = [
-                {"name": "model_id", "in": "path", "required": True, "schema": _TEXT}
-            ]
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": _TEXT}
+            for name in re.findall(r"{(\w+)}", path)
+        ]
         paths[path] = {"get": operation}
     for path, (title, model) in _BODIES.items():
         found = model.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -132,6 +150,8 @@ def describe(*, needs_key: bool) -> dict[str, Any]:
                 "responses": _responses("application/json", streams=path in _STREAMS),
             }
         }
+    stored = paths["/v1/responses/{response_id}"]
+    stored["delete"] = {**stored["get"], "summary": "Forget a stored response"}
     about = {"title": "minillm", "version": version("minillm-lab")}
     components: dict[str, Any] = {"schemas": schemas}
     whole: dict[str, Any] = {

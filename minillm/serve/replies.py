@@ -13,15 +13,20 @@ from typing import Any
 
 from minillm.errors import RunError
 from minillm.models.generator import Delta
+from minillm.serve.answer_items import AnswerItems
 from minillm.serve.logprobs import CompletionLogprobs, TokenBytes, Visible, chat_logprobs
-from minillm.serve.think import Part, ThinkSplitter
-from minillm.serve.tool_calls import Call, CallReader
+from minillm.serve.problems import error_body
+from minillm.serve.tool_calls import Call
 
 
 class Reply:
     """What chat and plain completions share."""
 
     prefix, kind, chunk_kind = "", "", ""
+    end_mark = "data: [DONE]\n\n"
+    """What closes a stream."""
+    names_events = False
+    """Whether an event's name stands before its data too."""
 
     def __init__(self, model: str, prompt_tokens: int, num_choices: int) -> None:
         """Begin a reply of `num_choices` answers; `prompt_tokens` counts each prompt once."""
@@ -61,9 +66,13 @@ class Reply:
             "total_tokens": self._prompt_tokens + self._completion_tokens,
         }
 
-    def usage_chunk(self) -> dict[str, Any]:
-        """Return the last chunk of a stream that was asked for usage."""
-        return {**self._chunk([]), "usage": self.usage()}
+    def closing(self, *, include_usage: bool) -> list[dict[str, Any]]:
+        """Return the last chunks of a stream; the usage if it was asked for."""
+        return [{**self._chunk([]), "usage": self.usage()}] if include_usage else []
+
+    def failure(self, error: Exception) -> list[dict[str, Any]]:
+        """Return the last chunks of a stream that fails."""
+        return [error_body(error)]
 
     def body(self) -> dict[str, Any]:
         """Return the response of a request that does not stream."""
@@ -91,9 +100,8 @@ class ChatReply(Reply):
         prompt_tokens: int,
         num_choices: int,
         *,
-        inside: bool,
+        items: Sequence[AnswerItems],
         bytes_of: TokenBytes | None = None,
-        readers: Sequence[CallReader] = (),
     ) -> None:
         """Begin.
 
@@ -101,18 +109,14 @@ class ChatReply(Reply):
             model: The name that the client used.
             prompt_tokens: Tokens of the prompt.
             num_choices: Answers.
-            inside: The prompt ends with an open `<think>`.
+            items: One for each answer.
             bytes_of: Gives a token's bytes; with it log-probabilities are reported.
-            readers: One per answer if tools may be called.
         """
         super().__init__(model, prompt_tokens, num_choices)
         self._bytes_of = bytes_of
         self._visible = [Visible(bytes_of) for _ in range(num_choices)] if bytes_of else []
         self._logprobs: list[list[dict[str, Any]]] = [[] for _ in range(num_choices)]
-        self._splitters = [ThinkSplitter(inside=inside) for _ in range(num_choices)]
-        self._parts: list[list[Part]] = [[] for _ in range(num_choices)]
-        self._readers = readers
-        self._calls: list[list[Call]] = [[] for _ in range(num_choices)]
+        self._items = items
 
     def opening(self) -> list[dict[str, Any]]:
         """Return one chunk per choice that names the role."""
@@ -120,45 +124,24 @@ class ChatReply(Reply):
         return [self._delta(index, first) for index in range(len(self._finish))]
 
     def _take(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        parts = self._splitters[index].feed(delta.text)
-        if delta.finish_reason:
-            parts += self._splitters[index].flush()
-        if self._readers:
-            chunks = self._read_calls(index, parts, is_end=bool(delta.finish_reason))
-        else:
-            self._parts[index] += parts
-            chunks = [self._delta(index, _fields(part.kind, part.text)) for part in parts]
+        answer = self._items[index]
+        num_calls = len(answer.calls)
+        chunks = []
+        for item in answer.feed(delta.text, is_end=bool(delta.finish_reason)):
+            if isinstance(item, Call):
+                fields: dict[str, Any] = {"tool_calls": [{"index": num_calls, **item.body()}]}
+                num_calls += 1
+            else:
+                fields = _fields(item.kind, item.text)
+            chunks.append(self._delta(index, fields))
         if found := self._measure(index, delta):
             if not chunks:
                 chunks = [self._delta(index, {"content": ""})]
             chunks[0]["choices"][0]["logprobs"] = {"content": found, "refusal": None}
         if delta.finish_reason:
-            is_call = self._calls[index] and delta.finish_reason == "stop"
+            is_call = num_calls and delta.finish_reason == "stop"
             self._finish[index] = "tool_calls" if is_call else delta.finish_reason
             chunks.append(self._delta(index, {}, self._finish[index]))
-        return chunks
-
-    def _read_calls(
-        self, index: int, parts: Sequence[Part], *, is_end: bool
-    ) -> list[dict[str, Any]]:
-        """Sort an answer's parts into text and calls; return their chunks."""
-        reader, items = self._readers[index], list[Part | str | Call]()
-        for part in parts:
-            items += [part] if part.kind == "think" else reader.feed(part.text)
-        if is_end:
-            items += reader.flush()
-        chunks = []
-        for item in items:
-            if isinstance(item, Call):
-                fields: dict[str, Any] = {
-                    "tool_calls": [{"index": len(self._calls[index]), **item.body()}]
-                }
-                self._calls[index].append(item)
-            else:
-                part = Part("text", item) if isinstance(item, str) else item
-                self._parts[index].append(part)
-                fields = _fields(part.kind, part.text)
-            chunks.append(self._delta(index, fields))
         return chunks
 
     def _measure(self, index: int, delta: Delta) -> list[dict[str, Any]]:
@@ -177,11 +160,10 @@ class ChatReply(Reply):
         return self._chunk([choice])
 
     def _choice(self, index: int) -> dict[str, Any]:
-        parts = self._parts[index]
-        think = "".join(part.text for part in parts if part.kind == "think")
-        text = "".join(part.text for part in parts if part.kind == "text")
+        answer = self._items[index]
+        think, text = answer.text_of("think"), answer.text_of("text")
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if calls := self._calls[index]:
+        if calls := answer.calls:
             message["content"] = text or None
             message["tool_calls"] = [call.body() for call in calls]
         if think:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from minillm.serve.problems import ApiError, short, unsupported
-from minillm.serve.tool_calls import check_calls
+from minillm.serve.tool_calls import check_calls, link_results
 
 NO_EFFECT = frozenset(
     ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
@@ -52,24 +52,25 @@ ROLES = {
 _DROPPED = frozenset(("reasoning_content", "reasoning"))  # an earlier answer, sent back as it came
 
 
-def _refuse(message: str) -> PydanticCustomError:
+def refuse(message: str) -> PydanticCustomError:
+    """Return what a validator raises."""
     return PydanticCustomError("invalid_value", "{message}", {"message": message})
 
 
 def _stop(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise _refuse("must be a string or a list of strings")
+        raise refuse("must be a string or a list of strings")
     if len(texts) > 4:
-        raise _refuse(f"may hold at most 4 strings, got {len(texts)}")
+        raise refuse(f"may hold at most 4 strings, got {len(texts)}")
     if "" in texts:
-        raise _refuse("must not hold an empty string")
+        raise refuse("must not hold an empty string")
     return tuple(texts)
 
 
 def _stop_ids(value: Any) -> Any:
     if not isinstance(value, list) or not _are_ids(value):
-        raise _refuse("must be a list of token ids")
+        raise refuse("must be a list of token ids")
     return tuple(value)
 
 
@@ -81,18 +82,18 @@ def _response_format(value: Any) -> Any:
         return {"type": "object"}
     given = value.get("json_schema") if kind == "json_schema" else None
     if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
-        raise _refuse("must be text, json_object, or json_schema with a `json_schema.schema`")
+        raise refuse("must be text, json_object, or json_schema with a `json_schema.schema`")
     return given["schema"]
 
 
 def _logit_bias(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise _refuse("must map token ids to numbers")
+        raise refuse("must map token ids to numbers")
     for key, bias in value.items():
         if not re.fullmatch(r"[0-9]{1,9}", key):
-            raise _refuse(f"`{short(key)}` is not a token id")
+            raise refuse(f"`{short(key)}` is not a token id")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not abs(bias) <= 100:
-            raise _refuse(f"the bias of token {key} must lie between -100 and 100")
+            raise refuse(f"the bias of token {key} must lie between -100 and 100")
     return {int(key): float(bias) for key, bias in value.items()}
 
 
@@ -101,14 +102,14 @@ def _prompt(value: Any) -> Any:
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
-        raise _refuse("must be a string, a list of strings, token ids, or a list of those")
+        raise refuse("must be a string, a list of strings, token ids, or a list of those")
     if _are_ids(value):
         return [value]
     if all(isinstance(item, str) for item in value):
         return value
     if all(isinstance(item, list) and _are_ids(item) for item in value):
         return value
-    raise _refuse("must be all strings, all token ids, or all lists of token ids")
+    raise refuse("must be all strings, all token ids, or all lists of token ids")
 
 
 def _are_ids(items: list[Any]) -> bool:
@@ -120,27 +121,29 @@ def _content(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise _refuse("must be a string or a list of text parts")
+        raise refuse("must be a string or a list of text parts")
     for index, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else part
-            raise _refuse(f"part {index} is `{short(kind)}`; this model reads only text parts")
+            raise refuse(f"part {index} is `{short(kind)}`; this model reads only text parts")
         if not isinstance(part.get("text"), str):
-            raise _refuse(f"part {index} has no text")
+            raise refuse(f"part {index} has no text")
     return "".join(part["text"] for part in value)
 
 
 def _role(value: Any) -> Any:
     if not isinstance(value, str) or value not in ROLES:
-        raise _refuse(f"must be one of {', '.join(ROLES)}, got `{short(value)}`")
+        raise refuse(f"must be one of {', '.join(ROLES)}, got `{short(value)}`")
     return ROLES[value]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """No field but those named, no conversion between types."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn."""
 
     role: Annotated[str, BeforeValidator(_role)]
@@ -150,20 +153,20 @@ class Message(_Strict):
     name: str | None = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """How to stream."""
 
     include_usage: bool = False
 
 
-class TemplateOptions(_Strict):
+class TemplateOptions(Strict):
     """Switches of the chat template."""
 
     enable_think: bool = False
     enable_thinking: bool = False  # the name that Qwen's templates made common
 
 
-class Request(_Strict):
+class Request(Strict):
     """What both endpoints take."""
 
     model: str
@@ -216,10 +219,11 @@ class ChatRequest(Request):
         for index, turn in enumerate(self.messages):
             plain: dict[str, Any] = {"role": turn.role, "content": turn.content}
             if turn.tool_calls:
-                calls = check_calls(turn.tool_calls, f"messages[{index}]")
-                plain["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-            turns.append(plain)
-        return turns
+                plain["tool_calls"] = check_calls(turn.tool_calls, f"messages[{index}]")
+            if turn.role == "tool":
+                plain |= {"tool_call_id": turn.tool_call_id, "name": turn.name}
+            turns.append({key: value for key, value in plain.items() if value is not None})
+        return link_results(turns)
 
 
 class CompletionRequest(Request):
@@ -236,7 +240,7 @@ class CompletionRequest(Request):
         return self.max_tokens
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """`POST /tokenize`, with the field names of vLLM and of llama.cpp."""
 
     model: str | None = None
@@ -257,7 +261,7 @@ class TokenizeRequest(_Strict):
         return given if given is not None else self.prompt is not None
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None
@@ -265,7 +269,7 @@ class DetokenizeRequest(_Strict):
 
 
 R = TypeVar("R", bound=Request)
-P = TypeVar("P", bound=_Strict)
+P = TypeVar("P", bound=Strict)
 
 
 def parse_plain(cls: type[P], body: Any) -> P:

@@ -30,6 +30,11 @@ class ThinkSplitter:
         self._held = ""
         self._empty = True
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the think part is open."""
+        return self._state == "think"
+
     def feed(self, text: str) -> list[Part]:
         """Return the parts that are certain now."""
         self._held += text

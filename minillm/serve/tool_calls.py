@@ -41,6 +41,9 @@ def check_tools(tools: Any, choice: Any) -> tuple[list[dict[str, Any]], str | No
         if not isinstance(given.get("parameters") or {}, dict):
             param = f"{place}.function.parameters"
             raise ApiError(f"`{param}` must be a JSON schema", param=param)
+        if not isinstance(given.get("strict", False), bool | None):
+            param = f"{place}.function.strict"
+            raise ApiError(f"`{param}` must be true or false", param=param)
     return _choose(tools, names, choice)
 
 
@@ -59,6 +62,13 @@ def _choose(
         return tools, name
     message = f"`tool_choice` must be none, auto, required or one of `tools`, got `{short(name)}`"
     raise ApiError(message, param="tool_choice")
+
+
+def find_strict(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Return the place of the first `strict: true`; empty if there is none."""
+    found = (n for n, tool in enumerate(tools) if tool["function"].get("strict"))
+    number = next(found, None)
+    return "" if number is None else f"tools[{number}].function.strict"
 
 
 def call_schema(tools: Sequence[Mapping[str, Any]], wanted: str) -> dict[str, Any]:
@@ -85,18 +95,52 @@ def check_calls(calls: Sequence[Any], place: str) -> list[dict[str, Any]]:
     Raises:
         ApiError: 400 that names the field at fault.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for index, call in enumerate(calls):
         given = call.get("function") if isinstance(call, dict) else None
         param = f"{place}.tool_calls[{index}]"
         if not isinstance(given, dict) or not isinstance(given.get("name"), str):
             raise ApiError(f"`{param}` must have a `function` with a name", param=param)
+        uid = call.get("id")
+        if not isinstance(uid, str) or not uid or any(uid == other["id"] for other in found):
+            raise ApiError(f"`{param}.id` must be a text of its own", param=f"{param}.id")
         try:
             arguments = json.loads(given.get("arguments") or "{}")
         except (TypeError, ValueError, RecursionError):
             raise ApiError(f"`{param}`: `arguments` is not JSON", param=param) from None
-        found.append({"name": given["name"], "arguments": arguments})
+        function = {"name": given["name"], "arguments": arguments}
+        found.append({"id": uid, "type": "function", "function": function})
     return found
+
+
+def link_results(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return turns with the results of an assistant's calls in the order of the calls.
+
+    Raises:
+        ApiError: 400 for a result of no call, and for a call without one.
+    """
+    done: list[dict[str, Any]] = []
+    due: list[str] = []  # calls whose results come now
+    results: dict[str, dict[str, Any]] = {}
+    caller = -1
+    for index, turn in enumerate([*turns, {"role": "end"}]):
+        if turn["role"] == "tool":
+            uid, param = turn.get("tool_call_id"), f"messages[{index}].tool_call_id"
+            if uid is None:
+                raise ApiError(f"`{param}` is required", code="missing_parameter", param=param)
+            if uid not in due or uid in results:
+                message = f"`{param}`: no call `{short(uid)}` waits for a result here"
+                raise ApiError(message, param=param)
+            results[uid] = turn
+            continue
+        for number, uid in enumerate(due):
+            if uid not in results:
+                param = f"messages[{caller}].tool_calls[{number}]"
+                raise ApiError(f"`{param}` has no result: call `{short(uid)}`", param=param)
+            done.append(results[uid])
+        due, results, caller = [call["id"] for call in turn.get("tool_calls", ())], {}, index
+        done.append(turn)
+    return done[:-1]
 
 
 def plain_turns(turns: Sequence[Turn], tools: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -148,11 +192,6 @@ class Call:
         """Return it as a message holds it."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": self.id, "type": "function", "function": function}
-
-
-def call_readers(num: int, *, is_forced: bool, one: bool) -> list["CallReader"]:
-    """Return a reader for each of `num` answers; with `one` each keeps its first call only."""
-    return [CallReader(is_forced=is_forced, limit=1 if one else None) for _ in range(num)]
 
 
 class CallReader:

@@ -88,6 +88,41 @@ def test_the_model_reads_tools_calls_and_results(client: openai.OpenAI, server: 
     assert "# Tools" not in server.generator.prompts[-1]
 
 
+def calls(*uids: str) -> dict[str, Any]:
+    made = [{"id": u, "type": "function", "function": {"name": "add"}} for u in uids]
+    return {"role": "assistant", "tool_calls": made}
+
+
+def test_results_are_read_in_the_order_of_the_calls(client: openai.OpenAI, server: Any) -> None:
+    results = [{"role": "tool", "tool_call_id": u, "content": u} for u in ("b", "a")]
+    ask(client, "", messages=[{"role": "user", "content": "q"}, calls("a", "b"), *results])
+    prompt = server.generator.prompts[-1]
+    assert "<tool_response>\na\n</tool_response>\n<tool_response>\nb\n" in prompt
+
+
+RESULT = {"role": "tool", "tool_call_id": "a", "content": "1"}
+
+
+@pytest.mark.parametrize(
+    ("turns", "param"),
+    [
+        ([RESULT], "messages[0].tool_call_id"),
+        ([calls("b"), RESULT], "messages[1].tool_call_id"),
+        ([calls("a"), RESULT, RESULT], "messages[2].tool_call_id"),
+        ([calls("a"), {"role": "tool", "content": "1"}], "messages[1].tool_call_id"),
+        ([calls("a", "b"), RESULT], "messages[0].tool_calls[1]"),
+        ([calls("a"), {"role": "user", "content": "q"}], "messages[0].tool_calls[0]"),
+        ([calls("a", "a"), RESULT], "messages[0].tool_calls[1].id"),
+    ],
+)
+def test_a_result_without_its_call_is_a_400(
+    client: openai.OpenAI, turns: list[Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, "", messages=turns)
+    assert caught.value.param == param
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
