@@ -188,6 +188,8 @@ class Api:
     async def tokenize(self, request: Request) -> dict[str, Any]:
         """Return the ids of plain text."""
         call = parse_plain(TokenizeRequest, await read_json(request))
+        if call.model is not None:
+            self._check_model(call.model)
         ids = await asyncio.to_thread(
             self._backend.encode, call.text, add_special_tokens=call.specials
         )
@@ -196,6 +198,8 @@ class Api:
     async def detokenize(self, request: Request) -> dict[str, Any]:
         """Return the text of ids."""
         call = parse_plain(DetokenizeRequest, await read_json(request))
+        if call.model is not None:
+            self._check_model(call.model)
         check_ids(call.tokens, self._backend.vocab_size, "tokens")
         text = await asyncio.to_thread(self._backend.decode, call.tokens)
         return {"content": text, "prompt": text}

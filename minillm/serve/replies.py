@@ -31,7 +31,7 @@ class Reply:
     def __init__(self, model: str, prompt_tokens: int, num_choices: int) -> None:
         """Begin a reply of `num_choices` answers; `prompt_tokens` counts each prompt once."""
         self._head = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "id": f"{self.prefix}{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
         }
@@ -92,7 +92,7 @@ class Reply:
 class ChatReply(Reply):
     """`chat.completion` and its chunks; a `<think>` part becomes `reasoning_content`."""
 
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ def _fields(kind: str, text: str) -> dict[str, str]:
 class CompletionReply(Reply):
     """`text_completion`; the chunks of a stream have the same name."""
 
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
     def __init__(
         self,

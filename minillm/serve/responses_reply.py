@@ -20,7 +20,7 @@ PARTS = {"text": "output_text", "think": "reasoning_text"}
 class ResponseReply(Reply):
     """`response` and its events; a `<think>` part becomes a reasoning item."""
 
-    prefix, kind = "resp", "response"
+    prefix, kind = "resp_", "response"
     end_mark, names_events = "", True
 
     def __init__(

@@ -284,3 +284,10 @@ def test_a_host_that_is_no_address_is_a_config_error() -> None:
 def test_an_address_of_another_machine_is_a_setup_error() -> None:
     with pytest.raises(SetupError):
         listen("192.0.2.1", 8000)
+
+
+def test_tokenize_and_detokenize_know_the_model_by_its_name(server: Any) -> None:
+    for path, body in (("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [97]})):
+        for model, status in (("lab/scripted", 200), ("other", 404)):
+            answer = httpx.post(f"{server.url}/{path}", json={"model": model, **body})
+            assert answer.status_code == status
