@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import gc
 import os
 import platform
 import time
@@ -46,6 +47,13 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def release_freed_memory() -> None:
+    """Give what is free back to the system now, in spite of `keep_freed_memory`."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pick_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ written, so nothing is ever unpickled.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +48,7 @@ class CheckpointWriter:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pool.submit(int)  # starts the thread while there is memory for it
         self._pending: Future[None] | None = None
 
     def save_checkpoint(self, optimizers: Sequence[Optimizer], state: TrainState) -> None:
@@ -243,6 +244,18 @@ def _named_damage(folder: Path) -> Iterator[None]:
 def newest_checkpoint(run: Path) -> Path | None:
     """Return the latest complete checkpoint of a run."""
     return next(iter(_complete(run)), None)
+
+
+def good_checkpoint(run: Path, bad_steps: Collection[int]) -> Path | None:
+    """Return the latest complete checkpoint whose weights are not bad themselves.
+
+    Where the two steps after it were both not finite, it is not the rows that are to blame.
+    """
+    for path in _complete(run):
+        step = int(path.name.removeprefix("step-"))
+        if not {step + 1, step + 2} <= set(bad_steps):
+            return path
+    return None
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:

@@ -12,8 +12,12 @@ from minillm.train.job import Job
 
 
 @torch.no_grad()
-def evaluate(job: Job) -> dict[str, float]:
+def evaluate(job: Job, rows_each: int) -> dict[str, float]:
     """Measure the model on all validation samples.
+
+    Args:
+        job: What is trained.
+        rows_each: Rows of one forward pass: what training fits into memory fits here.
 
     Returns:
         `loss` in nats per token, `ppl` = exp(loss), and `bpb`: the bits to encode every token,
@@ -21,7 +25,7 @@ def evaluate(job: Job) -> dict[str, float]:
         that compares models with different tokenizers.
     """
     job.model.eval()
-    world, num_val, rows_each = job.world, job.source.num_val, job.micro_rows
+    world, num_val = job.world, job.source.num_val
     nats, tokens, text_bytes = 0.0, 0.0, 0.0
     num_batches = -(-num_val // rows_each)
     for turn in range(-(-num_batches // world.size)):

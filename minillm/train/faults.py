@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from minillm.data.windows import Rows
 from minillm.errors import RunError
+from minillm.settings import OptimConfig
 from minillm.train.distributed import whole
 from minillm.train.job import Job
 from minillm.train.optim import pick_lr
@@ -21,6 +22,9 @@ Action = Literal["skip", "rewind"]
 
 MAX_BAD_STEPS = 10
 """More steps that are left out than this, and something is wrong that leaving out does not help."""
+
+_HIGH_RATE = 10
+"""From so many times the usual rate on, the rate is what is wrong."""
 
 _SPIKE_SIGMAS = 6.0
 _SPIKE_DECAY = 0.98
@@ -60,20 +64,41 @@ def handle_nonfinite(
         values = {"step": step, "loss": loss, "norm": norm, "bad": bad, "norms": shown}
         text = json.dumps(values, indent=1)
         (folder / "report.json").write_text(text, encoding="utf-8")
-    what = f"step {step}: loss is {found.loss}, gradient norm {found.norm}"
-    rate = pick_lr(job.model, job.optim)
+    what = f"step {step}: loss is {found.loss:.4f}, gradient norm {found.norm:.3g}"
     if job.optim.on_nonfinite == "stop":
-        raise RunError(
-            f"{what}; rows and gradients are in `{folder}`",
-            hint=f"`minillm {job.stage} --resume {job.run} --on-nonfinite skip` leaves such steps "
-            f"out; or start again with a lower rate, e.g. `--lr {rate / 2:g}`",
-        )
+        raise RunError(f"{what}; rows and gradients are in `{folder}`", hint=_way_out(job))
     if len(state.skipped) >= MAX_BAD_STEPS:
         raise RunError(
             f"{what}; {MAX_BAD_STEPS} steps have been left out already, the last in `{folder}`",
-            hint=f"start again with a lower rate, e.g. `--lr {rate / 2:g}`",
+            hint=f"leaving out does not help: start again with {_lower_rates(job)}",
         )
     return job.optim.on_nonfinite
+
+
+def _way_out(job: Job) -> str:
+    """Return the hint for a run that stops: leave the step out, or, of a high rate, begin anew."""
+    optim, usual = job.optim, OptimConfig(optimizer=job.optim.optimizer)
+    shares = [pick_lr(job.model, optim) / pick_lr(job.model, usual)]
+    if optim.optimizer == "muon":
+        shares.append(optim.muon_lr / usual.muon_lr)
+    if max(shares) > _HIGH_RATE:
+        return (
+            f"the rate is {max(shares):.0g} times the usual: start again with {_lower_rates(job)}"
+        )
+    return (
+        f"`minillm {job.stage} --resume {job.run} --on-nonfinite rewind` goes on from the last "
+        f"checkpoint without such steps; if they return, start again with {_lower_rates(job)}"
+    )
+
+
+def _lower_rates(job: Job) -> str:
+    """Return flags with half the rates, or half the usual ones where those are lower."""
+    optim, usual = job.optim, OptimConfig(optimizer=job.optim.optimizer)
+    rate = min(pick_lr(job.model, optim), pick_lr(job.model, usual)) / 2
+    flags = f"--lr {rate:.2g}"
+    if optim.optimizer == "muon":
+        flags += f" --muon-lr {min(optim.muon_lr, usual.muon_lr) / 2:.2g}"
+    return f"`{flags}`"
 
 
 def is_spike(state: TrainState, loss: float) -> bool:

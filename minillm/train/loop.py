@@ -14,13 +14,14 @@ from rich.cells import chop_cells
 from torch.optim import Optimizer
 from transformers.utils import logging as hf_logging
 
-from minillm.device import peak_flops, peak_memory_bytes
+from minillm.device import peak_flops, peak_memory_bytes, release_freed_memory
 from minillm.errors import RunError
 from minillm.log import Progress, task
 from minillm.models.base import MiniPreTrainedModel, flops_per_token
 from minillm.settings.checks import duration_s
 from minillm.train.checkpoint import (
     CheckpointWriter,
+    good_checkpoint,
     load_optimizers,
     load_position,
     load_weights,
@@ -80,6 +81,10 @@ def train(job: Job, progress: Progress, *, resume: bool) -> Outcome:
             loop = _Loop(job, parallel, optimizers, state, progress, stop)
             try:
                 loop.run()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise loop.no_memory() from None
             finally:
                 loop.close()
     finally:
@@ -134,7 +139,8 @@ class _Loop:
             if step % job.report.log_every == 0 or is_last:
                 self.write_metrics()
                 self.writer.check()
-            if step % job.save_every == 0 or is_last:
+            is_new = step not in self.state.skipped  # else weights that may be bad push out good
+            if (step % job.save_every == 0 and is_new) or is_last:
                 self.save()  # before evaluating, which may fail
                 saved = step
             if self.is_eval_due():
@@ -172,7 +178,8 @@ class _Loop:
             self.stepper.clear()
             state.skipped.append(state.step + 1)
             self.progress.line(
-                f"step {state.step + 1}: loss {found.loss}, gradient norm {found.norm}: {action}"
+                f"step {state.step + 1}: loss {found.loss:.4f}, "
+                f"gradient norm {found.norm:.3g}: {action}"
             )
             if action == "rewind":
                 self.rewind()
@@ -212,11 +219,7 @@ class _Loop:
                 if not is_out_of_memory(error):
                     raise
                 if not self.is_first or self.job.world.size > 1 or rows == 1:
-                    raise RunError(
-                        f"out of memory at step {state.step + 1} with {rows} rows at a time",
-                        hint=f"`minillm {self.job.stage} --resume {self.job.run} --micro-batch "
-                        f"{max(1, rows // 2)} --activation-checkpointing` needs less",
-                    ) from None
+                    raise self.no_memory() from None
             else:
                 self.is_first, state.micro_rows = False, stepper.micro_rows
                 return found
@@ -225,7 +228,19 @@ class _Loop:
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
             stepper.micro_rows = rows // 2
-            self.progress.line(f"out of memory: {rows // 2} rows at a time instead of {rows}")
+            release_freed_memory()
+            self.progress.line(f"out of memory: {_rows(rows // 2)} at a time instead of {rows}")
+
+    def no_memory(self) -> RunError:
+        """Say that memory ran out, and what needs less."""
+        job, step, rows = self.job, self.state.step + 1, self.stepper.micro_rows
+        less = f"`minillm {job.stage} --resume {job.run} --micro-batch {max(1, rows // 2)}"
+        if not job.batch.activation_checkpointing:
+            less += " --activation-checkpointing"
+        hint = f"{less}` needs less"
+        if rows == 1 and job.batch.activation_checkpointing:
+            hint = "nothing smaller fits: choose a smaller `--model` or `--sequence-length`"
+        return RunError(f"out of memory at step {step} with {_rows(rows)} at a time", hint=hint)
 
     def leave_out(self) -> None:
         """Count a step whose gradient was not finite, without its update."""
@@ -234,12 +249,13 @@ class _Loop:
         self.progress.advance(1)
 
     def rewind(self) -> None:
-        """Go back to the last checkpoint; without one, leave out the step alone."""
+        """Go back to the last good checkpoint; without one, leave out the step alone."""
         self.writer.wait()
-        checkpoint = newest_checkpoint(self.job.run)
+        checkpoint = good_checkpoint(self.job.run, self.state.skipped)
         if checkpoint is None:
             self.leave_out()
             return
+        self.progress.line(f"back to `{checkpoint}`")
         skipped, before = self.state.skipped, self.state.step
         load_weights(checkpoint, self.job)
         load_optimizers(checkpoint, self.job, self.optimizers)
@@ -285,7 +301,7 @@ class _Loop:
         """Validate and write samples; keep the first result to compare with."""
         paused = time.perf_counter()
         job, state = self.job, self.state
-        values = evaluate(job)
+        values = self.measure()
         state.eval_step = state.step
         if values:
             state.first_eval = state.first_eval or values
@@ -307,6 +323,21 @@ class _Loop:
                 self.progress.line(sample_line(prompt, text))
         self.timer += time.perf_counter() - paused  # speed is that of training alone
 
+    def measure(self) -> dict[str, float]:
+        """Evaluate, alone with fewer rows at a time until it fits into memory."""
+        rows = self.stepper.micro_rows
+        while True:
+            try:
+                return evaluate(self.job, rows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.job.world.size > 1 or rows == 1:
+                    raise
+            release_freed_memory()
+            self.progress.line(f"out of memory: {_rows(rows // 2)} at a time instead of {rows}")
+            rows //= 2
+            if self.is_first:  # what evaluating has no room for, training has not
+                self.stepper.micro_rows = rows
+
     def save(self) -> None:
         """Begin to write a checkpoint; old ones are dropped once it is there."""
         paused = time.perf_counter()
@@ -318,6 +349,10 @@ class _Loop:
         self.writer.settle()
         if self.log is not None:
             self.log.close()
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
 
 
 def sample_line(prompt: str, text: str) -> str:

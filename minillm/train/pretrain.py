@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from minillm import paths
 from minillm.data.binfile import TokenFile
 from minillm.data.tokenizer import (
     find_tokenizer,
@@ -133,6 +134,9 @@ def _build_job(
 
 def _find_data(cfg: PretrainConfig) -> Path:
     if not cfg.data.exists():
+        if cfg.data != paths.PRETRAIN_BIN:
+            hint = "name a token file that is there with `--data`"
+            raise InputError(f"no training data: `{cfg.data}` does not exist", hint=hint)
         raise InputError(
             f"no training data: `{cfg.data}` does not exist",
             hint="`minillm tokenize --data bundled && minillm merge-bin` makes it from the text "

@@ -60,7 +60,7 @@ def begin_run(
                 hint=f"`minillm {stage} --resume {run}` continues it; or choose another `--out`",
             )
         _check_settings(cfg, file)
-        _check_facts(file, facts)
+        _check_facts(file, facts, cfg)
         return run
     with named_os_errors(run):
         run.mkdir(parents=True, exist_ok=True)
@@ -97,14 +97,16 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _check_facts(file: Path, facts: Mapping[str, str]) -> None:
+def _check_facts(file: Path, facts: Mapping[str, str], cfg: Any) -> None:
     stored = tomllib.loads(file.read_text(encoding="utf-8")).get("provenance", {})
     for name, value in facts.items():
         if name in stored and stored[name] != value:
+            what = f"`{cfg.data}`" if name.startswith("data") else name.rpartition("_")[0]
             raise InputError(
-                f"{name.replace('_', ' ')} has changed since `{file.parent}` began: "
+                f"{what} is not what `{file.parent}` began with: its sha256 "
                 f"was {str(stored.get(name))[:12]}…, is {value[:12]}…",
-                hint="put the old data back, or start a new run without `--resume`",
+                hint=f"put the old {name.partition('_')[0]} back, or start a new run without "
+                "`--resume`",
             )
 
 

@@ -66,15 +66,15 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Make the n-th gradient of the first norm a NaN, once."""
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make the n-th gradient of the first norm a NaN, once each."""
     build = registry.build_model
 
-    def at(number: int) -> None:
+    def at(*numbers: int) -> None:
         calls = iter(range(1, 1000))
 
         def hook(gradient: torch.Tensor) -> torch.Tensor:
-            return gradient * math.nan if next(calls) == number else gradient
+            return gradient * math.nan if next(calls) in numbers else gradient
 
         def build_poisoned(config: Any) -> Any:
             model = build(config)
@@ -97,13 +97,13 @@ def train_steps(run: Path) -> list[int]:
 
 
 def test_a_bad_gradient_stops_before_the_update(
-    corpus: Path, tmp_path: Path, poison: Callable[[int], None]
+    corpus: Path, tmp_path: Path, poison: Callable[..., None]
 ) -> None:
     poison(6)
     run = tmp_path / "run"
     with pytest.raises(RunError, match=r"step 6: loss is \d.*gradient norm nan") as error:
         go(settings(corpus), run)
-    assert "--on-nonfinite skip" in str(error.value.hint)
+    assert "--on-nonfinite rewind" in str(error.value.hint)
     assert sorted(p.name for p in run.glob("checkpoints/*")) == ["step-0000004"]
     report = json.loads((run / "nonfinite" / "step-0000006" / "report.json").read_text())
     assert report["bad"] == ["model.norm.weight"]
@@ -112,7 +112,7 @@ def test_a_bad_gradient_stops_before_the_update(
 
 
 def test_skipping_leaves_out_one_step(
-    corpus: Path, tmp_path: Path, poison: Callable[[int], None]
+    corpus: Path, tmp_path: Path, poison: Callable[..., None]
 ) -> None:
     poison(6)
     outcome, lines = go(settings(corpus, on_nonfinite="skip"), tmp_path / "run")
@@ -125,7 +125,7 @@ def test_skipping_leaves_out_one_step(
 
 
 def test_rewinding_equals_never_having_taken_the_bad_step(
-    corpus: Path, tmp_path: Path, poison: Callable[[int], None]
+    corpus: Path, tmp_path: Path, poison: Callable[..., None]
 ) -> None:
     poison(6)
     outcome, _ = go(settings(corpus, on_nonfinite="rewind"), tmp_path / "rewound")
@@ -137,6 +137,32 @@ def test_rewinding_equals_never_having_taken_the_bad_step(
     others = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "skipped")}
     assert rows == others
     assert len(train_steps(tmp_path / "rewound")) == len(set(train_steps(tmp_path / "rewound")))
+
+
+def test_bad_weights_are_neither_kept_nor_gone_back_to(
+    corpus: Path, tmp_path: Path, poison: Callable[..., None]
+) -> None:
+    """The checkpoint of step 8 gives two bad steps: it is the weights, and that of 4 is taken."""
+    poison(9, 10)
+    outcome, lines = go(settings(corpus, on_nonfinite="rewind"), tmp_path / "run")
+    assert outcome.state.skipped == [9, 10]
+    assert [line[-8:-1] for line in lines if line.startswith("back to")] == ["0000008", "0000004"]
+    assert train_steps(tmp_path / "run") == list(range(1, 9))
+    poison(8)
+    go(settings(corpus, on_nonfinite="skip"), tmp_path / "skip")
+    saved = sorted(path.name for path in (tmp_path / "skip").glob("checkpoints/*"))
+    assert saved == ["step-0000004", "step-0000010"]
+
+
+def test_a_rate_that_is_absurd_is_named(
+    corpus: Path, tmp_path: Path, poison: Callable[..., None]
+) -> None:
+    poison(2)
+    with pytest.raises(RunError) as error:
+        go(settings(corpus, muon_lr=2e9), tmp_path / "run")
+    assert error.value.hint == (
+        "the rate is 1e+11 times the usual: start again with `--lr 0.047 --muon-lr 0.01`"
+    )
 
 
 def test_rows_that_do_not_fit_are_halved(
@@ -159,13 +185,43 @@ def test_rows_that_do_not_fit_are_halved(
     outcome, lines = go(settings(corpus), tmp_path / "run")
     assert [line for line in lines if "out of memory" in line] == [
         "out of memory: 2 rows at a time instead of 4",
-        "out of memory: 1 rows at a time instead of 2",
+        "out of memory: 1 row at a time instead of 2",
     ]
     assert outcome.state.micro_rows == 1
     mine, others = (
         [row["loss"] for row in read_metrics(tmp_path / name)] for name in ("run", "whole")
     )
     assert mine == pytest.approx(others, abs=1e-5)  # the same global batch
+
+
+def test_memory_that_runs_out_anywhere_is_said(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation takes fewer rows; an update, which cannot, ends the run in two lines."""
+    build = registry.build_model
+
+    def build_small(config: Any) -> Any:
+        model = build(config)
+
+        def refuse(_: Any, args: Any, kwargs: Any) -> None:
+            if not model.training and len(kwargs["input_ids"]) > 1:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        model.register_forward_pre_hook(refuse, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(registry, "build_model", build_small)
+    outcome, lines = go(settings(corpus), tmp_path / "eval")
+    assert lines.count("out of memory: 1 row at a time instead of 2") == 1  # and stays so
+    assert outcome.state.step == STEPS
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("minillm.train.step.Stepper.update", fail)
+    with pytest.raises(RunError, match="out of memory at step 1 with 1 row at a time") as error:
+        go(settings(corpus), tmp_path / "update")
+    assert "--micro-batch 1 --activation-checkpointing" in str(error.value.hint)
 
 
 def test_time_is_up(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +261,7 @@ def test_a_run_with_other_data_is_refused(corpus: Path, tmp_path: Path) -> None:
     kept = in_place.read_bytes()
     try:
         in_place.write_bytes(kept[:-2] + b"\x05\x00")
-        with pytest.raises(InputError, match="data sample has changed"):
+        with pytest.raises(InputError, match=r"`.*text.bin` is not what `.*run` began with"):
             go(cfg, tmp_path / "run", resume=True)
     finally:
         in_place.write_bytes(kept)
