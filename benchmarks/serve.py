@@ -1,158 +1,171 @@
-"""Decoding speed on a CPU: our step, transformers' `generate` and llama.cpp, one sequence.
+"""Servers under load: `minillm serve`, `transformers serve` and llama.cpp's `llama-server`.
 
-    python benchmarks/serve.py MODEL [--threads 2] [--cpu-time]
+    python benchmarks/serve.py MODEL [--llama-server PATH] [--precision fp32] [--threads 2]
 
-MODEL is a folder that `minillm import` or a training run made. It is exported to transformers'
-own class and to GGUF; then each decodes the same number of tokens, greedily, in turns. With
-`--server NAME=URL/v1`, running OpenAI servers are asked by 16 clients at once instead.
+Each is started with the same weights (exported for the others), answers one client alone and then
+16 at once, and is stopped. All answers are greedy, streamed and of equal length: the end of text is
+forbidden. Prompts have 10 to `--words` words and begin differently.
 """
 
 import argparse
 import asyncio
+import contextlib
 import datetime
+import json
+import os
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
+import httpx
+import psutil
 import torch
 import transformers
-from typer.testing import CliRunner
 
-from minillm.cli.app import app
 from minillm.device import describe
-from minillm.models.fast_decode import make_decode_step
-from minillm.models.load import load_model
-from minillm.models.quantize import quantize_model
 
-PROMPT = list(range(100, 140))
-Run = Callable[[int], None]
-
-
-def ours(folder: str, kind: Any) -> Run:
-    """Our step."""
-    model: Any = quantize_model(load_model(folder)[0], kind)
-    step = make_decode_step(model)
-
-    @torch.inference_mode()
-    def run(num: int) -> None:
-        cache, ids = model.make_cache(1, len(PROMPT) + num), torch.tensor([PROMPT])
-        for _ in range(num):
-            logits = step(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids = logits[:, -1].argmax(-1, keepdim=True)
-
-    return run
-
-
-def theirs(folder: str, dtype: torch.dtype) -> Run:
-    """Official class."""
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    ids = torch.tensor([PROMPT])
-
-    def run(num: int) -> None:
-        model.generate(ids, max_new_tokens=num, min_new_tokens=num, do_sample=False)
-
-    return run
-
-
-def llama_cpp(path: Path, threads: int) -> Run:
-    """llama.cpp."""
-    from llama_cpp import Llama
-
-    model: Any = Llama(
-        str(path), n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
-
-    def run(num: int) -> None:
-        model.reset()
-        for _, _ in zip(range(num), model.generate(PROMPT, temp=0.0), strict=False):
-            pass
-
-    return run
+WORDS = """the old town by the river has a long history and people still come to its market"""
+KINDS = {"fp32": ("none", "float32", "f32"), "fp16": ("fp16", "float16", "f16")}
+KINDS["int8"] = ("int8", "float32", "q8_0")
+USAGE = {"stream_options": {"include_usage": True}}
 
 
 def export(model: str, *words: str) -> Path:
-    """Export a model."""
+    """Return a folder with the model in another form."""
     out = Path(tempfile.mkdtemp()) / "made"
-    done = CliRunner().invoke(app, ["export", model, *words, "--out", str(out)])
-    assert done.exit_code == 0, done.output
+    command = [sys.executable, "-m", "minillm", "export", model, *words, "--out", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
 
 
-def measure(runs: dict[str, Run], turns: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Return tokens/s of each: the best of several turns, without the prompt."""
-    best: dict[str, float] = {}
-    for turn in range(turns):
-        for name, run in runs.items():
-            times = [clock()]
-            for num in (1, 49):
-                run(num)
-                times.append(clock())
-            if turn:
-                best[name] = max(best.get(name, 0.0), 48 / (times[2] - 2 * times[1] + times[0]))
-    return best
+def command_of(name: str, args: argparse.Namespace, port: int) -> tuple[list[str], dict[str, Any]]:
+    """Return how to start a server, and what its requests say."""
+    python, (kind, dtype, gguf) = Path(sys.executable), KINDS[args.precision]
+    body: dict[str, Any] = {"model": "model", **USAGE}
+    if name == "minillm":
+        words = [python, "-m", "minillm", "serve", "--model", args.model, "--device", "cpu"]
+        words += ["--served-model-name", "model", "--quantize", kind, *args.minillm.split()]
+        body["min_tokens"] = args.tokens
+    elif name == "llama.cpp":
+        folder = export(args.model, "--to", "gguf", "--type", gguf)
+        words = [args.llama_server, "-m", *folder.glob("*.gguf"), "--parallel", args.clients]
+        words += ["-c", 1024 * args.clients, "-t", args.threads, "-tb", args.threads]
+        body["ignore_eos"] = True
+    else:
+        folder = export(args.model, "--to", "official")
+        words = [python.with_name("transformers"), "serve", folder, "--dtype", dtype]
+        words += ["--device", "cpu", "--cb-max-memory-percent", "0.3"]  # 0.9 took 14 GB
+        words += ["--continuous-batching"] * (name == "transformers-cb")
+        config = {"max_new_tokens": args.tokens, "do_sample": False, "eos_token_id": -1}
+        body = {"model": str(folder), "generation_config": json.dumps(config)}
+    return [str(word) for word in (*words, "--host", "127.0.0.1", "--port", port)], body
 
 
-async def ask(url: str, clients: int, num: int) -> tuple[float, float]:
-    """Return tokens/s of all clients, and the 95th percentile of times to a first token."""
-    client = openai.AsyncOpenAI(base_url=url, api_key="-", timeout=600)
-    name = (await client.models.list()).data[0].id
+@contextlib.contextmanager
+def running(command: list[str], url: str, log: Path, threads: int) -> Iterator[psutil.Process]:
+    """Run a server as long as the block takes."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as file, subprocess.Popen(command, env=env, stdout=file, stderr=file) as it:
+        try:
+            for _ in range(1200):
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                assert it.poll() is None, f"the server has ended, see {log}"
+                time.sleep(0.1)
+            yield psutil.Process(it.pid)
+        finally:
+            it.terminate()
 
-    async def one(number: int) -> tuple[float, int]:
-        text = f"{number}: Tell me a long story about number {number}."
-        started, first, total = time.perf_counter(), 0.0, 0
-        async for part in await client.chat.completions.create(
-            model=name, messages=[{"role": "user", "content": text}], temperature=0,
-            max_tokens=num, stream=True,
-        ):  # fmt: skip
-            if part.choices and part.choices[0].delta.content:
-                first, total = first or time.perf_counter() - started, total + 1
-        return first, total
 
-    await one(0)
-    started = time.perf_counter()
-    done = await asyncio.gather(*(one(number) for number in range(1, clients + 1)))
-    took = time.perf_counter() - started
-    first = statistics.quantiles([first for first, _ in done], n=20)[-1]
-    return sum(total for _, total in done) / took, first
+def peak_mb(process: psutil.Process) -> float:
+    """Return the highest resident memory of a server and its children."""
+    found = [process, *process.children(recursive=True)]
+    texts = [Path(f"/proc/{one.pid}/status").read_text() for one in found]
+    return sum(int(text.split("VmHWM:")[1].split()[0]) for text in texts) / 1024
+
+
+async def ask(
+    client: httpx.AsyncClient, number: int, body: Any, args: Any
+) -> tuple[str, float, float]:
+    """Return the answer, and the seconds to its first and from there to its last piece."""
+    count = 10 + number * 97 % (args.words - 9)
+    text = (
+        f"{number}: {' '.join((WORDS.split() * args.words)[number % 17 :][:count])}. Tell me more."
+    )
+    body = body | {"messages": [{"role": "user", "content": text}], "stream": True}
+    answer, tokens, times, start = "", 0, [], time.perf_counter()
+    async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+        assert reply.status_code == 200, (await reply.aread()).decode()
+        async for line in reply.aiter_lines():
+            if line[:5] != "data:" or line[5:].strip() == "[DONE]":
+                continue
+            part = json.loads(line[5:])
+            tokens = (part.get("usage") or {}).get("completion_tokens", tokens)
+            if part.get("choices") and (piece := part["choices"][0]["delta"].get("content")):
+                answer += piece
+                times.append(time.perf_counter() - start)
+    assert answer.strip(), "an empty answer"
+    assert tokens == args.tokens, f"{tokens} tokens instead of {args.tokens}: {answer!r}"
+    return answer, times[0], times[-1] - times[0]
+
+
+async def measure(url: str, body: Any, args: Any) -> tuple[list[float], list[str]]:
+    """Return the numbers of a row, and the answers."""
+    body |= {"temperature": 0, "max_tokens": args.tokens}
+    async with httpx.AsyncClient(base_url=url, timeout=1800) as client:
+        alone = [await ask(client, 1000 + turn, body, args) for turn in range(3)]
+        speed = (args.tokens - 1) / min(took for _, _, took in alone)
+        start, clients = time.perf_counter(), range(1, args.clients + 1)
+        done = await asyncio.gather(*(ask(client, one, body, args) for one in clients))
+        total = args.clients * args.tokens / (time.perf_counter() - start)
+    parts = statistics.quantiles([first for _, first, _ in done], n=20)
+    return [speed, total, parts[9], parts[18]], [answer for answer, _, _ in done]
 
 
 def main() -> None:
-    """Measure and print Markdown rows."""
+    """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cpu-time", action="store_true", help="on a busy machine; one thread")
-    parser.add_argument("--server", nargs="*", default=[], help="NAME=URL/v1 of running servers")
+    parser.add_argument("--llama-server", help="llama.cpp's binary; without it, it is left out")
+    parser.add_argument(
+        "--rivals", nargs="*", default=["llama.cpp", "transformers-cb", "transformers"]
+    )
+    parser.add_argument("--precision", choices=list(KINDS), default="fp32")
+    parser.add_argument("--minillm", default="", help="more options of `minillm serve`")
+    for name, value in (("threads", 2), ("clients", 16), ("tokens", 64), ("words", 200)):
+        parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    print("| server | 1 client, tok/s | all, tok/s | TTFT p50 s | p95 s | peak MB | same answers |")
+    print("|---|---|---|---|---|---|---|")
+    rows: dict[str, tuple[list[float], list[str]]] = {}
+    for name in [
+        "minillm",
+        *(one for one in args.rivals if args.llama_server or one[:5] != "llama"),
+    ]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        url, (command, body) = f"http://127.0.0.1:{port}", command_of(name, args, port)
+        log = Path(tempfile.gettempdir(), f"serve-{name}.log")
+        with running(command, url, log, args.threads) as process:
+            found, texts = rows[name] = asyncio.run(measure(url, body, args))
+            same = sum(a == b for a, b in zip(texts, rows["minillm"][1], strict=True))
+            numbers = " | ".join(f"{number:.2f}" for number in found)
+            print(f"| {name} | {numbers} | {peak_mb(process):.0f} | {same} |", flush=True)
+    for name in list(rows)[1:]:
+        one, all_ = (rows["minillm"][0][place] / rows[name][0][place] for place in (0, 1))
+        print(f"\nminillm / {name}: {one:.2f} alone, {all_:.2f} at {args.clients} clients")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    hardware = describe(torch.device("cpu")) + ", CPU time" * args.cpu_time
-    where = f"{hardware} | {versions} | {datetime.date.today()} |"
-    for server in args.server:
-        name, url = server.split("=", 1)
-        speed, first = asyncio.run(ask(url, 16, 64))
-        print(f"| {name}, 16 clients | {speed:.1f} tok/s | p95 first {first:.2f} s | {where}")
-    if args.server:
-        return
-    official = str(export(args.model, "--to", "official"))
-    runs = {f"minillm {kind}": ours(args.model, kind) for kind in ("none", "fp16", "int8", "int4")}
-    runs |= {
-        f"transformers {d}": theirs(official, getattr(torch, d)) for d in ("float32", "float16")
-    }
-    for kind in ("f16", "q8_0"):
-        path = next(export(args.model, "--to", "gguf", "--type", kind).glob("*.gguf"))
-        runs[f"llama.cpp {kind}"] = llama_cpp(path, args.threads)
-    found = measure(runs, 3, time.process_time if args.cpu_time else time.perf_counter)
-    for name, speed in found.items():
-        print(f"| {name} | {speed:.1f} | {where}")
-    pairs = ("none", "transformers float32"), ("fp16", "transformers float16")
-    for kind, other in (*pairs, ("fp16", "llama.cpp f16"), ("int8", "llama.cpp q8_0")):
-        one = f"minillm {kind}"
-        print(f"| {one} / {other} | {found[one] / found[other]:.2f} | {where}")
+    what = f"{args.precision}, {args.clients} clients, {args.tokens} tokens, to {args.words} words"
+    print(f"\n{what}, {describe(torch.device('cpu'))}, {versions}, {datetime.date.today()}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <omp.h>
 #include <vector>
 #ifdef __F16C__
 #include <immintrin.h>
@@ -46,6 +47,16 @@ template <class Byte> static i8 bytes(const uint8_t* p) {
   typedef Byte b8 __attribute__((vector_size(8), aligned(1), may_alias));
   return __builtin_convertvector(*(const b8*)p, i8);
 #endif
+}
+
+// e^x to the last bits but one: e^x = 2^n e^r, and Taylor's series for r (at most 0.35)
+static v8 exp(v8 x) {
+  x = x < -87 ? v8{} - 87 : x > 88 ? v8{} + 88 : x;
+  const v8 n = x * 1.44269504f + 12582912.0f - 12582912.0f;  // rounds to a whole number
+  const v8 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  v8 sum = r * (1 / 5040.0f) + 1 / 720.0f;
+  for (float c : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) sum = sum * r + c;
+  return sum * (v8)((__builtin_convertvector(n, i8) + 127) << 23);
 }
 
 static v8 floats(i8 x) { return __builtin_convertvector(x, v8); }
@@ -97,13 +108,15 @@ template <int F> struct Tiles {
 };
 constexpr const Tile* TILES[] = {Tiles<FP32>::of, Tiles<FP16>::of, Tiles<INT8>::of, Tiles<INT4>::of};
 
-// y (M x N) = x (M x K) times the matrix transposed; called by all threads, does not wait for them
+// y (M x N) = x (M x K) times the matrix transposed; called by all threads, does not wait for them.
+// Dynamic shares: a thread whose core has other work to do, such as HTTP, does not hold the others up.
 static void linear(const Matrix& w, const float* x, float* y, int64_t M, bool adds = false) {
   const int64_t K = w.columns, N = w.rows, groups = (K + GROUP - 1) / GROUP;
   const int64_t panel = groups * HEAD_BYTES[w.kind] + K * COLUMN_BYTES[w.kind];
+  const int64_t share = std::max<int64_t>(1, N / ROWS / (8 * omp_get_num_threads()));
   for (int64_t first = 0; first < M; first += 8 * TOKENS) {
     const int64_t last = std::min(M, first + 8 * TOKENS);
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(dynamic, share) nowait
     for (int64_t n = 0; n < N; n += ROWS)
       for (int64_t m = first, parts = (last - first + TOKENS - 1) / TOKENS; m < last; parts--) {
         const int64_t num = (last - m + parts - 1) / parts;
@@ -132,24 +145,41 @@ static void rotate(const float* x, const float* cos, const float* sin, float* y,
   }
 }
 
-// softmax(q k^T scale) v of one query head over S positions
+static float total(v8 x) {
+  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+  return x[0] + x[1];
+}
+
+// softmax(q k^T scale) v of one query head over S positions; K is a multiple of 8
 static void attend(const float* q, const float* keys, const float* values, int64_t S, int64_t K,
                    float scale, float* out) {
   static thread_local std::vector<float> score;
-  score.resize(S);
-  float most = -INFINITY, total = 0, *p = score.data();
-  for (int64_t s = 0; s < S; s++) {
-    float dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < K; i++) dot += q[i] * keys[s * K + i];
-    most = std::max(most, p[s] = dot * scale);
+  score.resize(S + 8);
+  float most = -INFINITY, *p = score.data();
+  for (int64_t s = 0; s < S; s += 4) {  // four at a time hide the adder's latency
+    v8 dot[4] = {};
+    const float* key[4];
+    for (int64_t n = 0; n < 4; n++) key[n] = keys + std::min(s + n, S - 1) * K;
+    for (int64_t i = 0; i < K; i += 8)
+      for (int64_t n = 0; n < 4; n++) dot[n] += *(const v8*)(q + i) * *(const v8*)(key[n] + i);
+    for (int64_t n = 0; n < 4; n++) most = std::max(most, p[s + n] = total(dot[n]) * scale);
   }
-#pragma omp simd reduction(+ : total)
-  for (int64_t s = 0; s < S; s++) total += p[s] = expf(p[s] - most);
-  std::memset(out, 0, K * sizeof(float));
-  for (int64_t s = 0; s < S; s++)
-#pragma omp simd
-    for (int64_t i = 0; i < K; i++) out[i] += p[s] / total * values[s * K + i];
+  for (int64_t s = S; s < S + 8; s++) p[s] = -INFINITY;
+  v8 sums = {};
+  for (int64_t s = 0; s < S; s += 8) sums += *(v8*)(p + s) = exp(*(v8*)(p + s) - most);
+  const float sum = total(sums);
+  for (int64_t i = 0; i < K; i += 64) {
+    v8 part[8] = {};
+    const int64_t parts = std::min<int64_t>(8, (K - i) / 8);
+    const float* value = values + i;
+    if (parts == 8) for (int64_t s = 0; s < S; s++, value += K)
+#pragma GCC unroll 8
+      for (int64_t n = 0; n < 8; n++) part[n] += p[s] * *(const v8*)(value + 8 * n);
+    else for (int64_t s = 0; s < S; s++, value += K)
+      for (int64_t n = 0; n < parts; n++) part[n] += p[s] * *(const v8*)(value + 8 * n);
+    for (int64_t n = 0; n < parts; n++) *(v8*)(out + i + 8 * n) = part[n] / sum;
+  }
 }
 
 extern "C" void minillm_linear(const Matrix* w, const float* x, float* y, int64_t M, int threads) {
@@ -184,7 +214,7 @@ extern "C" void minillm_llama(const Model* model, int64_t M, int64_t kept, const
           rotate(k + (m * G + g) * K, cosine, sine, keys + place, K);
           std::memcpy(values + place, v + (m * G + g) * K, K * sizeof(float));
         }
-#pragma omp for collapse(2) schedule(static)
+#pragma omp for collapse(2) schedule(dynamic, H / G)
       for (int64_t m = 0; m < M; m++)
         for (int64_t n = 0; n < H; n++) {
           const int64_t start = (row[m] * G + n / (H / G)) * capacity * K;
@@ -196,8 +226,11 @@ extern "C" void minillm_llama(const Model* model, int64_t M, int64_t kept, const
       rms_norm(x, w.norm_post, h, M, D, c.eps);
       linear(w.gate, h, gate, M), linear(w.up, h, up, M);
 #pragma omp barrier
-#pragma omp for simd schedule(static)
-      for (int64_t i = 0; i < M * F; i++) gate[i] *= up[i] / (1 + expf(-gate[i]));
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < M * F / 8; i++) {
+        const v8 x = ((v8*)gate)[i];
+        ((v8*)gate)[i] = x * ((v8*)up)[i] / (1 + exp(-x));
+      }
       linear(w.down, gate, x, M, true);
 #pragma omp barrier
     }

@@ -41,7 +41,8 @@ def make_decode_step(model: Any) -> Callable[..., Tensor]:
         return forward
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     has_bias = any(m.bias is not None for m in packed)
-    if has_bias or len(packed) != 7 * model.config.num_hidden_layers + 1:
+    is_odd = model.config.head_dim % 8 or model.config.intermediate_size % 8
+    if has_bias or is_odd or len(packed) != 7 * model.config.num_hidden_layers + 1:
         return forward
     return LlamaStep(model)
 

@@ -23,7 +23,7 @@ MAX_DRAFTS = 8
 """Room behind the longest sequence for guesses."""
 
 DecodeStep = Callable[..., Tensor]
-"""Takes the arguments of a model's call for one token of each sequence; returns `(B, 1, V)`."""
+"""Takes the arguments of a model's call; returns the logits of the last token, `(B, 1, V)`."""
 
 
 class Runner:
@@ -48,7 +48,8 @@ class Runner:
             max_tokens: Longest sequence.
             uses_mtp: Also guess with the model's block for the token after the next.
             block_size: Tokens of a block that is saved and loaded.
-            decode: Does the step of one token each instead of the model itself.
+            decode: Does the step of one token each instead of the model itself, and, with
+                `round_to` 1, the chunks of prompts.
             round_to: For `decode`: lengths are multiples of this, and there is always a mask.
         """
         self.model, self.uses_mtp = model, uses_mtp
@@ -156,7 +157,8 @@ class Runner:
         return self._chunk(one.slot, chunk.start, tokens, 0 if wants_all else 1)[0]
 
     def _chunk(self, slot: int, start: int, tokens: Sequence[int], num_logits: int) -> Tensor:
-        return self._call_model(
+        call = self._decode if num_logits == 1 and self._round_to == 1 else self._call_model
+        return call(
             position_ids=self.cache.begin_chunk(slot, start, len(tokens)),
             input_ids=torch.tensor([tokens], device=self.device),
             attention_mask=None,
