@@ -46,6 +46,8 @@ from minillm.serve.wire import (
     stream_events,
 )
 
+LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
+
 
 def create_app(
     backend: Backend,
@@ -64,7 +66,8 @@ def create_app(
         defaults: Sampling where a request has none.
         keys: Key by name; one is required as `Authorization: Bearer KEY` on all but the page and
             the health check. Empty: no key.
-        cors_origins: Sites whose pages may read answers, e.g. `https://chat.example`; `*` is all.
+        cors_origins: Sites whose pages may read answers, e.g. `https://chat.example`; `*` is all,
+            `localhost` all of this machine.
         timeout_s: Longest time of one answer, with its time in the queue; 0: no limit.
     """
     api = Api(backend, model, defaults or Defaults(), timeout_s)
@@ -97,7 +100,8 @@ def create_app(
     if cors_origins:  # added last, so it answers the browsers' question before the key is asked for
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(cors_origins),
+            allow_origins=[origin for origin in cors_origins if origin != "localhost"],
+            allow_origin_regex=LOCAL_PAGES if "localhost" in cors_origins else None,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["retry-after"],

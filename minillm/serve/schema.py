@@ -78,8 +78,10 @@ def _response_format(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "text" and len(value) == 1:
         return None
-    if kind == "json_object" and len(value) == 1:
-        return {"type": "object"}
+    if kind == "json_object" and value.keys() <= {"type", "schema"}:
+        found = value.get("schema", {"type": "object"})  # llama.cpp's way to give one
+        if isinstance(found, dict):
+            return found
     given = value.get("json_schema") if kind == "json_schema" else None
     if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
         raise refuse("must be text, json_object, or json_schema with a `json_schema.schema`")

@@ -84,7 +84,8 @@ class ServeConfig:
     ] = ()
     api_key_file: Annotated[Path | None, Doc("File of more keys, one `name:key` per line.")] = None
     cors_origin: Annotated[
-        tuple[str, ...], Doc("Site whose pages may use the server; repeatable; `*` is all.")
+        tuple[str, ...],
+        Doc("Site whose pages may use it; repeatable; `localhost`: this machine's; `*`: all."),
     ] = ()
     request_timeout: Annotated[
         float, Doc("Longest time of one answer in seconds, the queue included; 0: no limit.")
@@ -119,7 +120,7 @@ class ServeConfig:
         check_range(self, "drain_s", 0, 3600)
         check_range(self, "request_timeout", 0, 86_400)
         for origin in self.cors_origin:
-            if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
+            if not re.fullmatch(r"\*|localhost|https?://[^/\s]+", origin):
                 raise ConfigError(
                     f"`--cors-origin {origin}` is not an origin: scheme, host and port, no path",
                     hint="try `--cors-origin http://localhost:3000`",

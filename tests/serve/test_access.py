@@ -75,6 +75,26 @@ def test_only_named_sites_may_read_answers(serve: Any, scripted: Any) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
+@pytest.mark.parametrize(
+    ("origin", "is_ours"),
+    [
+        ("http://localhost", True),
+        ("http://localhost:5173", True),
+        ("https://127.0.0.1:3000", True),
+        ("http://[::1]:3000", True),
+        ("http://localhost.evil.example", False),
+        ("http://notlocalhost", False),
+        ("http://localhost:80@evil.example", False),
+    ],
+)
+def test_localhost_means_all_pages_of_this_machine(
+    serve: Any, scripted: Any, origin: str, is_ours: bool
+) -> None:
+    with serve(scripted(), cors_origins=["localhost"]) as server:
+        answer = httpx.get(server.url + "/health", headers={"origin": origin})
+    assert answer.headers.get("access-control-allow-origin") == (origin if is_ours else None)
+
+
 @pytest.mark.parametrize("origin", ["a.example", "https://a.example/", "https://", "null"])
 def test_an_origin_with_a_path_or_without_a_scheme_is_refused(origin: str) -> None:
     with pytest.raises(ConfigError):

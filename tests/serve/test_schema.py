@@ -103,3 +103,11 @@ def test_long_and_deep_values_are_shortened_for_messages() -> None:
         deep = [deep]
     assert len(short("x" * 1000)) == 80
     assert len(short(deep)) < 80
+
+
+def test_an_object_may_come_with_a_schema_as_llama_cpp_has_it() -> None:
+    assert chat(response_format={"type": "json_object"}).response_format == {"type": "object"}
+    form = {"type": "json_object", "schema": {"const": 1}}
+    assert chat(response_format=form).response_format == {"const": 1}
+    with pytest.raises(ApiError, match="must be text"):
+        chat(response_format={"type": "json_object", "schema": 3})
