@@ -1,15 +1,58 @@
-"""Attention in plain operations, for reading and for looking at the weights.
+"""Attention in plain operations, for reading and for looking at the weights; and the choice.
 
 Faster implementations (sdpa, flex, flash) come from transformers under the same signature;
 `attn_implementation="eager"` chooses this one. Price: it stores all T x S weights of every head.
+In place of sdpa, training on a CPU has `minillm.models.cpu_attention`.
 
 B batch · T queries · S keys · H heads · G key/value heads · K head size
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from minillm.models.cpu_attention import Documents, attend_documents, documents_to_attend
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def causal_mask(
+    model: Any,
+    x_BTD: Tensor,
+    attention_mask: Any,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None,
+) -> Any:
+    """Return who may look at whom, in the form that the implementation to be chosen takes.
+
+    Positions that restart make a block for each document, without a cache and a given mask.
+    """
+    if attention_mask is None and past_key_values is None:
+        documents = documents_to_attend(model, x_BTD, position_ids)
+        if documents is not None:
+            return documents
+    return create_causal_mask(
+        config=model.config,
+        inputs_embeds=x_BTD,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+    )
+
+
+def choose_attention(config: Any, mask: Any) -> Attention:
+    """Return the function that the config names, or the one that the mask is for."""
+    if isinstance(mask, Documents):
+        return attend_documents
+    chosen: Attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+        config._attn_implementation, eager_attention
+    )
+    return chosen
 
 
 def eager_attention(

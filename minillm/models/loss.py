@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from minillm.models.train_kernels import call, kernels_for
+
 IGNORE = -100
 """Label of a position that has no loss, as everywhere in PyTorch."""
 
@@ -58,20 +60,27 @@ def causal_lm_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
     weight_VD: Tensor = head.weight
-    total = linear_cross_entropy(hidden_BTD.flatten(0, -2), weight_VD, shift_labels.flatten())
     num_items: int | Tensor | None = kwargs.get("num_items_in_batch")
-    return total / ((shift_labels != IGNORE).sum() if num_items is None else num_items)
+    if num_items is None:
+        num_items = (shift_labels != IGNORE).sum()
+    return linear_cross_entropy(
+        hidden_BTD.flatten(0, -2), weight_VD, shift_labels.flatten(), num_items
+    )
 
 
-def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, num_items: int | Tensor = 1
+) -> Tensor:
     """Return the sum over labelled positions of `-log softmax(x @ weight.T)[label]`, in fp32.
 
-    Equals `F.cross_entropy(x @ weight.T, labels, reduction="sum")` to rounding, autocast included.
+    Equals `F.cross_entropy(x @ weight.T, labels, reduction="sum") / num_items` to rounding,
+    autocast included.
     """
     device = x_ND.device.type
     if torch.compiler.is_compiling():  # inductor fuses the plain form well enough
         logits_NV = F.linear(x_ND, weight_VD).float()
-        return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
+        total = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
+        return total / num_items
     if torch.is_autocast_enabled(device):
         x_ND = x_ND.to(torch.get_autocast_dtype(device))
     if device == "cpu":
@@ -80,53 +89,94 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> T
         if not bool(kept_N.all()):
             x_ND, labels_N = x_ND[kept_N], labels_N[kept_N]
     with torch.autocast(device, enabled=False):
-        total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x_ND, weight_VD, labels_N
+        loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            x_ND, weight_VD, labels_N, num_items
         )
-    return total
+    return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-        """Return the summed loss, and keep its gradients."""
-        needs_x, needs_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, num_items: int | Tensor
+    ) -> Tensor:
+        """Return the summed loss over `num_items`, and keep its gradients."""
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
         w_VD = weight_VD.to(x_ND.dtype)
         dx_ND = torch.empty_like(x_ND) if needs_x else None
         # summed over blocks in the weights' own dtype: bf16 sums would lose the small ones
         dw_VD = torch.zeros_like(weight_VD) if needs_weight else None
         total = x_ND.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(x_ND), block := _block_rows(x_ND, len(weight_VD))):
+        # the mean costs nothing as a factor of rows, but in bf16 it would round every gradient
+        is_exact = x_ND.dtype == torch.float32
+        divisor, ctx.rest = (num_items, 1) if is_exact else (1, num_items)
+        block = _block_rows(x_ND, len(weight_VD))
+        room_CW = _room(x_ND, block, len(weight_VD))
+        for start in range(0, len(x_ND), block):
             x_CD = x_ND[start : start + block]
             labels_C1 = labels_N[start : start + block, None]
             valid_C1 = labels_C1 != IGNORE
             index_C1 = labels_C1.where(valid_C1, 0)
-            logp_CV = torch.log_softmax(x_CD @ w_VD.T, dim=-1, dtype=torch.float32)
-            total -= logp_CV.gather(1, index_C1).mul_(valid_C1).sum()
-            if dx_ND is None and dw_VD is None:
-                continue
-            # d loss / d logits = p - onehot; rows without a label are zeroed in the smaller factor
-            p_CV = logp_CV.exp_()
-            p_CV.scatter_add_(1, index_C1, p_CV.new_full(index_C1.shape, -1.0))
-            d_CV = p_CV.to(x_ND.dtype)
+            logits_CV = None if room_CW is None else room_CW[: len(x_CD), : len(weight_VD)]
+            loss_C1, d_CV, share_C1 = _unscaled(
+                torch.mm(x_CD, w_VD.T, out=logits_CV), index_C1, valid_C1 / divisor
+            )
+            total += (loss_C1 * valid_C1).sum()
             if dx_ND is not None:
                 dx_CD = dx_ND[start : start + block]
-                torch.mm(d_CV, w_VD, out=dx_CD).mul_(valid_C1)
+                torch.mm(d_CV, w_VD, out=dx_CD).mul_(share_C1)
             if dw_VD is not None:
                 if d_CV.dtype == dw_VD.dtype:  # in place: no second table of gradients per block
-                    dw_VD.addmm_(d_CV.T, x_CD * valid_C1)
+                    dw_VD.addmm_(d_CV.T, x_CD * share_C1)
                 else:
-                    dw_VD += d_CV.T @ (x_CD * valid_C1)
+                    dw_VD += d_CV.T @ (x_CD * share_C1)
         ctx.save_for_backward(dx_ND, dw_VD)
-        return total
+        return total / num_items
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the kept gradients times `g`."""
-        dx_ND, dw_VD = ctx.saved_tensors
-        dx_ND = None if dx_ND is None else dx_ND * g.to(dx_ND.dtype)
-        return dx_ND, None if dw_VD is None else dw_VD * g.to(dw_VD.dtype), None
+        g = g / ctx.rest
+        grads: list[Tensor | None] = list(ctx.saved_tensors)
+        if g.device.type != "cpu" or float(g) != 1.0:  # to look at it costs a sync on a GPU
+            grads = [None if d is None else d * g.to(d.dtype) for d in grads]
+        return (*grads, None, None)
+
+
+def _unscaled(
+    logits_CV: Tensor, index_C1: Tensor, factor_C1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses `(C, 1)`, and the gradient of the logits as a product `(C, V)`, `(C, 1)`.
+
+    d loss / d logits = p - onehot; what scales whole rows is left to the smaller factor of the
+    products to come. May overwrite the logits.
+    """
+    kernels = kernels_for(logits_CV)
+    if kernels is None:
+        logp_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+        loss_C1 = -logp_CV.gather(1, index_C1)
+        p_CV = logp_CV.exp_()
+        p_CV.scatter_add_(1, index_C1, p_CV.new_full(index_C1.shape, -1.0))
+        return loss_C1, p_CV.to(logits_CV.dtype), factor_C1.to(logits_CV.dtype)
+    picked_C1 = logits_CV.gather(1, index_C1)
+    top_C1, sum_C1 = torch.empty_like(picked_C1), torch.empty_like(picked_C1)
+    call(
+        kernels.minillm_exp_rows,
+        logits_CV, *logits_CV.shape, logits_CV.stride(0), top_C1, sum_C1,
+    )  # fmt: skip
+    logits_CV.scatter_add_(1, index_C1, -sum_C1)
+    return sum_C1.log() + top_C1 - picked_C1, logits_CV, factor_C1 / sum_C1
+
+
+def _room(x_ND: Tensor, block: int, vocab_size: int) -> Tensor | None:
+    """Return memory for a block of logits on a CPU.
+
+    Rows begin at multiples of 256 bytes: 32,004 words in a row else cost a sixth of the product.
+    """
+    if x_ND.device.type != "cpu":
+        return None
+    return x_ND.new_empty(min(block, len(x_ND)), -(-vocab_size // 64) * 64)
 
 
 def _block_rows(x_ND: Tensor, vocab_size: int) -> int:

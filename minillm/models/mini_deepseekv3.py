@@ -29,7 +29,6 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -40,6 +39,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from minillm.models.attention import causal_mask
 from minillm.models.base import MiniPreTrainedModel
 from minillm.models.deepseek_config import MiniDeepseekV3Config
 from minillm.models.deepseek_training import TrainingExtras
@@ -212,13 +212,7 @@ class MiniDeepseekV3Model(MiniDeepseekV3PreTrainedModel):
             position_ids = starts if position_ids is None else position_ids
         # given positions that restart make a block for each document; positions made here
         # cannot restart, and are not searched for it (a device sync)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x_BTD,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=starts,
-        )
+        mask = causal_mask(self, x_BTD, attention_mask, past_key_values, starts)
         if position_ids is None:
             num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None] + num_past

@@ -26,18 +26,17 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from minillm.models.attention import eager_attention
+from minillm.models.attention import causal_mask, choose_attention
 from minillm.models.base import MiniPreTrainedModel
 from minillm.models.loss import causal_lm_loss
 from minillm.models.norm import RMSNorm
@@ -173,9 +172,7 @@ class MiniLlama3Attention(nn.Module):
             k_BGSK, v_BGSK = past_key_values.update(k_BGSK, v_BGSK, self.layer_idx)
 
         # 4. softmax(q k^T / sqrt(K)) v
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
+        attend = choose_attention(self.config, attention_mask)
         out_BTHK, weights_BHTS = attend(
             self,
             q_BHTK,
@@ -260,13 +257,7 @@ class MiniLlama3Model(MiniLlama3PreTrainedModel):
 
         # 2. who may look at whom. Given positions that restart make a block for each document;
         # positions made here cannot restart, and are not searched for it (a device sync)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x_BTD,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask = causal_mask(self, x_BTD, attention_mask, past_key_values, position_ids)
         if position_ids is None:
             num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None] + num_past

@@ -27,14 +27,14 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.masking_utils import create_recurrent_attention_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import (
     OutputRecorder,
@@ -42,7 +42,7 @@ from transformers.utils.output_capturing import (
     maybe_install_capturing_hooks,
 )
 
-from minillm.models.attention import eager_attention
+from minillm.models.attention import causal_mask, choose_attention
 from minillm.models.base import MiniPreTrainedModel
 from minillm.models.cache import ReservedLayer
 from minillm.models.gated_delta_net import GatedDeltaNet
@@ -105,9 +105,7 @@ class MiniQwen3NextAttention(nn.Module):
             k_BGSK, v_BGSK = past_key_values.update(k_BGSK, v_BGSK, self.layer_idx)
 
         # 4. softmax(q k^T / sqrt(K)) v
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
+        attend = choose_attention(self.config, attention_mask)
         qkv = q_BHTK, k_BGSK, v_BGSK
         out_BTHK, weights_BHTS = attend(
             self,
@@ -262,7 +260,7 @@ class MiniQwen3NextModel(MiniQwen3NextPreTrainedModel):
         if not isinstance(masks := attention_mask, dict):
             given = self.config, x_BTD, attention_mask, past_key_values
             masks = {
-                FULL: create_causal_mask(*given, position_ids=places_BT),
+                FULL: causal_mask(self, *given[1:], places_BT),
                 LINEAR: create_recurrent_attention_mask(*given),
             }
         if use_cache and past_key_values is None:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from minillm.models.attention import eager_attention
+from minillm.models.attention import choose_attention
+from minillm.models.cpu_attention import Documents
 from minillm.models.deepseek_config import MiniDeepseekV3Config, score_scale
 from minillm.models.norm import RMSNorm
 from minillm.models.rope import apply_rope
@@ -116,6 +116,7 @@ class MiniDeepseekV3Attention(nn.Module):
         # fast kernels want one size: on a CPU 260 ms instead of 410 for 4 x 512 x 12 heads
         missing = q_BHTK.shape[-1] - v_BHSU.shape[-1]
         pads = missing > 0 and self.config._attn_implementation != "eager"
+        pads = pads and not isinstance(mask, Documents)
         out_BTHU, weights_BHTS = self.attend(
             q_BHTK, k_BHSK, F.pad(v_BHSU, (0, missing)) if pads else v_BHSU, mask, **kw
         )
@@ -144,10 +145,6 @@ class MiniDeepseekV3Attention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Call the chosen implementation."""
-        implementation = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention
-        )
         dropout = self.attention_dropout if self.training else 0.0
         kwargs |= {"dropout": dropout, "scaling": self.scaling}
-        out: tuple[Tensor, Tensor | None] = implementation(self, query, key, value, mask, **kwargs)
-        return out
+        return choose_attention(self.config, mask)(self, query, key, value, mask, **kwargs)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from minillm import paths
-from minillm.models import registry
+from minillm.models import registry, train_kernels
 
 STEPS, ROWS, LENGTH, VOCAB = 20, 2, 64, 2_048
 GOLDEN: dict[str, list[float]] = {
@@ -37,12 +37,12 @@ def tokens() -> torch.Tensor:
     return torch.tensor(ids[: STEPS * ROWS * LENGTH]).view(STEPS, ROWS, LENGTH) % VOCAB
 
 
-def train(name: str) -> list[float]:
+def train(name: str, steps: int = STEPS) -> list[float]:
     torch.manual_seed(0)
     model: Any = registry.build_model(registry.build_config(name, vocab_size=VOCAB)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
     losses = []
-    for batch in tokens():
+    for batch in tokens()[:steps]:
         optimizer.zero_grad()
         loss = model(batch, labels=batch, use_cache=False, skip_logits=True).loss
         loss.backward()
@@ -57,7 +57,7 @@ def table() -> dict[str, list[float]]:
 
 
 def pick(losses: list[float]) -> list[float]:
-    return [round(losses[step - 1], 6) for step in (1, 5, 10, 15, 20)]
+    return [round(losses[step - 1], 6) for step in (1, 5, 10, 15, 20) if step <= len(losses)]
 
 
 def test_every_tiny_preset_is_here() -> None:
@@ -65,11 +65,22 @@ def test_every_tiny_preset_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
-def test_losses_are_those_of_before(name: str) -> None:
+def test_losses_are_those_of_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # by PyTorch's operations, which are there on every machine: with another order of sums
+    # tokens soon go to other experts
+    monkeypatch.setattr(train_kernels, "load_kernels", lambda: None)
     assert pick(train(name)) == pytest.approx(GOLDEN[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_losses_with_kernels_begin_as_those_without(name: str) -> None:
+    if train_kernels.load_kernels() is None:
+        pytest.skip("no C++ compiler")
+    assert pick(train(name, steps=5))[:2] == pytest.approx(GOLDEN[name][:2], rel=1e-4)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    train_kernels.load_kernels = lambda: None  # type: ignore[assignment]
     for preset, values in table().items():
         print(f'    "{preset}": {values},')  # noqa: T201

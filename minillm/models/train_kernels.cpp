@@ -1,0 +1,134 @@
+// Row passes of training on a CPU: between two matrix products, everything in one walk through
+// the cache. `train_kernels.py` compiles this and says when it is used.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// exp(x) for x <= 0, within 2 units in the last place: 2^n * e^r, r within half a ln 2.
+// A NaN stays one; below -87 the result is about 1e-38 and not 0.
+inline float exp_of(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds
+    const float n = shifted - 12582912.0f;
+    float r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    bits = (bits - 0x4B400000 + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+inline float row_max(const float* x, int64_t size) {
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < size; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+inline float exp_row(float* x, int64_t size, float top) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i) {
+        x[i] = exp_of(x[i] - top);
+        sum += x[i];
+    }
+    return sum;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Each row of x becomes exp(x - its maximum).
+void minillm_exp_rows(
+    float* x, int64_t rows, int64_t size, int64_t stride, float* top, float* sum
+) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        top[r] = row_max(x + r * stride, size);
+        sum[r] = exp_row(x + r * stride, size, top[r]);
+    }
+}
+
+// Scores of `count` queries, the first of which is token `first` of its document, become weights
+// that are still to be divided by `sum`; what a query may not see becomes 0.
+void minillm_attend(
+    float* s, int64_t heads, int64_t count, int64_t size, int64_t first, float* log_sum, float* sum
+) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < heads * count; ++r) {
+        float* row = s + r * size;
+        const int64_t seen = first + r % count + 1;
+        const float top = row_max(row, seen);
+        sum[r] = exp_row(row, seen, top);
+        log_sum[r] = top + std::log(sum[r]);
+        std::memset(row + seen, 0, (size - seen) * sizeof(float));
+    }
+}
+
+// Scores become weights, and the gradient d of weights that of scores.
+void minillm_attend_backward(
+    float* s, float* d, int64_t heads, int64_t count, int64_t size, int64_t first,
+    const float* log_sum, const float* mean
+) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < heads * count; ++r) {
+        float *row = s + r * size, *grad = d + r * size;
+        const int64_t seen = first + r % count + 1;
+        const float shift = log_sum[r], average = mean[r];
+#pragma omp simd
+        for (int64_t i = 0; i < seen; ++i) {
+            row[i] = exp_of(row[i] - shift);
+            grad[i] = row[i] * (grad[i] - average);
+        }
+        std::memset(row + seen, 0, (size - seen) * sizeof(float));
+        std::memset(grad + seen, 0, (size - seen) * sizeof(float));
+    }
+}
+
+// y = silu(gate) * up
+void minillm_swiglu(const float* gate, const float* up, float* y, int64_t rows, int64_t size,
+                    int64_t stride) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float *g = gate + r * stride, *u = up + r * stride;
+        float* out = y + r * size;
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) {
+            const float small = exp_of(-std::fabs(g[i]));
+            const float share = (g[i] < 0 ? small : 1.0f) / (1.0f + small);
+            out[i] = g[i] * share * u[i];
+        }
+    }
+}
+
+// Gradients of gate and up, in rows of the same stride.
+void minillm_swiglu_backward(const float* gate, const float* up, const float* d, float* d_gate,
+                             float* d_up, int64_t rows, int64_t size, int64_t stride) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+        const float *g = gate + r * stride, *u = up + r * stride, *dy = d + r * size;
+        float *dg = d_gate + r * stride, *du = d_up + r * stride;
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) {
+            const float small = exp_of(-std::fabs(g[i]));
+            const float share = (g[i] < 0 ? small : 1.0f) / (1.0f + small);
+            du[i] = dy[i] * g[i] * share;
+            dg[i] = dy[i] * u[i] * share * (1.0f + g[i] * (1.0f - share));
+        }
+    }
+}
+
+}  // extern "C"
