@@ -15,6 +15,7 @@ import tomli_w
 from annotated_doc import Doc
 
 from minillm.errors import ConfigError, InputError
+from minillm.files import write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +110,7 @@ def read_toml(cls: type, path: Path) -> dict[str, Any]:
 
 def write_toml(config: Any, path: Path, provenance: Mapping[str, Any]) -> None:
     """Write a resolved config, so that `--config PATH` repeats the run."""
-    path.write_text(
-        tomli_w.dumps({**to_plain(config), "provenance": dict(provenance)}), encoding="utf-8"
-    )
+    write_text(path, tomli_w.dumps({**to_plain(config), "provenance": dict(provenance)}))
 
 
 def to_plain(value: Any) -> Any:

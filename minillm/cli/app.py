@@ -1,5 +1,6 @@
 """The `minillm` program: one app, one module per command, one place where errors become text."""
 
+import signal
 import sys
 import traceback
 from typing import Any
@@ -42,9 +43,11 @@ class ErrorBoundary(TyperGroup):
             if error.hint:
                 _line("hint", error.hint, "cyan")
             raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            _line("stopped", "by Ctrl-C", "yellow")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            number = stop.args[0] if stop.args else signal.SIGINT
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            _line("stopped", f"by {name}", "yellow")
+            raise typer.Exit(128 + number) from None
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output has gone: nothing left to say
             raise typer.Exit(0) from None

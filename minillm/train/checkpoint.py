@@ -252,7 +252,7 @@ def good_checkpoint(run: Path, bad_steps: Collection[int]) -> Path | None:
     Where the two steps after it were both not finite, it is not the rows that are to blame.
     """
     for path in _complete(run):
-        step = int(path.name.removeprefix("step-"))
+        step = _step_of(path)
         if not {step + 1, step + 2} <= set(bad_steps):
             return path
     return None
@@ -267,4 +267,8 @@ def prune_checkpoints(run: Path, keep: int) -> None:
 
 def _complete(run: Path) -> list[Path]:
     found = [path for path in run.glob("checkpoints/step-*") if is_complete(path)]
-    return sorted(found, reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

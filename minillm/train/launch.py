@@ -1,5 +1,6 @@
 """`--nproc N`: run the same command in N processes through torchrun's own launcher."""
 
+import itertools
 import logging
 import os
 import sys
@@ -44,8 +45,19 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
             return failure.exitcode
         raise RunError(
             f"process {rank} of {num_processes} was killed by signal {-failure.exitcode}",
-            hint="`free -h` shows whether memory ran out; `--resume latest` continues the run",
+            hint="`free -h` shows whether memory ran out; "
+            f"`minillm {arguments[0]} --resume {_run_of(arguments)}` continues the run",
         ) from None
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def _run_of(arguments: Sequence[str]) -> str:
+    """Return the run folder that a command line names, or `latest`."""
+    found = "latest"
+    for flag, value in itertools.pairwise([*arguments, ""]):
+        name, sign, joined = flag.partition("=")
+        if name in ("--out", "--resume"):
+            found = joined if sign else value
+    return found

@@ -6,6 +6,7 @@ whole, rounded; TensorBoard shows every layer, and a heat map.
 """
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class MetricLog:
             rows = [row for row in read_metrics(run) if row["step"] <= last[row["kind"]]]
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._stream = self._path.open("a", encoding="utf-8")
+        threading.excepthook = _leave_out_os_errors
         purge = state.step + 1 if state.step else None
         self._board = SummaryWriter(str(run), purge_step=purge)
         self._tracker = open_tracker(tracker, run)
@@ -92,6 +94,12 @@ class MetricLog:
             self._stream.close()
             self._board.close()
         self._tracker.finish()
+
+
+def _leave_out_os_errors(args: threading.ExceptHookArgs) -> None:
+    """Print no traceback of TensorBoard's thread when the disk is full: `write` says so."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def split_metrics(metrics: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, list[float]]]:

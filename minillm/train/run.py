@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minillm.device import keep_freed_memory
+from minillm.errors import SetupError
 from minillm.log import Progress, Silent
 from minillm.train.distributed import World, join_world
 from minillm.train.job import Job, main_first
@@ -32,7 +33,14 @@ def run_job(
         if not resume:
             for line in summary_lines(job):
                 progress.line(line)
-        outcome = train(job, progress, resume=resume)
-        if world.is_main:
-            write_report(job)
+        try:
+            outcome = train(job, progress, resume=resume)
+            if world.is_main:
+                write_report(job)
+        except SetupError as error:  # a full disk, as a rule
+            again = f"`minillm {job.stage} --resume {job.run}` continues the run"
+            hint = (error.hint or again).replace(
+                " and run the same command again", f"; then {again}"
+            )
+            raise SetupError(str(error), hint=hint) from error
     return job.run, outcome

@@ -42,7 +42,7 @@ class StopRequest:
 
     def _ask(self, number: int, _: FrameType | None) -> None:
         if self._code:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         self._code = 128 + number
 
     @property

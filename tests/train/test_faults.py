@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.numpy import load_file
 from minillm.errors import ConfigError, InputError, RunError
 from minillm.log import Silent
 from minillm.models import registry
-from minillm.paths import is_complete
+from minillm.paths import is_complete, latest_run
 from minillm.settings import BatchConfig, OptimConfig, PretrainConfig, ReportConfig
 from minillm.settings.checks import duration_s
 from minillm.train.faults import is_spike
@@ -235,6 +237,18 @@ def test_time_is_up(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     outcome, _ = go(cfg, tmp_path / "run", resume=True)
     assert outcome.exit_code == 0
     assert outcome.state.step == STEPS
+
+
+def test_the_latest_run_is_the_last_begun(corpus: Path, tmp_path: Path) -> None:
+    """Although the clock stood in the future when the one before began."""
+    cfg = settings(corpus)
+    cfg = replace(cfg, report=replace(cfg.report, max_time="0.001s"))
+    first, second = tmp_path / "pretrain-x-2", tmp_path / "pretrain-x-1"
+    go(cfg, first)
+    ahead = time.time() + 86_400
+    os.utime(first / "run.toml", (ahead, ahead))
+    go(cfg, second)
+    assert latest_run(tmp_path, "pretrain") == second
 
 
 def test_best_is_kept(corpus: Path, tmp_path: Path) -> None:
