@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from minillm.models.cpu_conv import conv_silu, has_conv_kernel
 from minillm.models.gated_delta import gated_delta_rule, short_conv
 from minillm.models.norm import GatedRMSNorm
 
@@ -81,7 +82,10 @@ class GatedDeltaNet(nn.Module):
             )
             if segment_BT is None:  # a packed row has no past
                 num_past, qkv = seen.shape[-1] - qkv.shape[1], seen.mT
-        qkv = F.silu(short_conv(qkv, weight.to(qkv.dtype), segment_BT, num_past))
+        if past_key_values is None and has_conv_kernel(qkv, weight):
+            qkv = conv_silu(qkv, weight, segment_BT)
+        else:
+            qkv = F.silu(short_conv(qkv, weight.to(qkv.dtype), segment_BT, num_past))
         q, k, v = qkv.split((self.key_dim, self.key_dim, self.value_dim), dim=-1)
 
         # 3. remember and read; decay in fp32, since its exponent is of thousands of tokens

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -43,6 +42,7 @@ from minillm.models.attention import causal_mask
 from minillm.models.base import MiniPreTrainedModel
 from minillm.models.deepseek_config import MiniDeepseekV3Config
 from minillm.models.deepseek_training import TrainingExtras
+from minillm.models.gates import swiglu
 from minillm.models.loss import causal_lm_loss
 from minillm.models.mla import MiniDeepseekV3Attention
 from minillm.models.moe import Experts
@@ -64,7 +64,7 @@ class MiniDeepseekV3MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map `(B, T, D)` to `(B, T, D)`."""
-        out_BTD: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        out_BTD: Tensor = self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
         return out_BTD
 
 

@@ -13,7 +13,6 @@ from dataclasses import field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
@@ -38,6 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from minillm.models.attention import causal_mask, choose_attention
 from minillm.models.base import MiniPreTrainedModel
+from minillm.models.gates import swiglu
 from minillm.models.loss import causal_lm_loss
 from minillm.models.norm import RMSNorm
 from minillm.models.rope import RotaryEmbedding, apply_rope
@@ -121,7 +121,7 @@ class MiniLlama3MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map `(B, T, D)` to `(B, T, D)`."""
-        h_BTF = F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+        h_BTF = swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD))
         out_BTD: Tensor = self.down_proj(h_BTF)
         return out_BTD
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.device import has_bf16
+from minillm.models.gates import packed_swiglu
 
 GATHER_ROWS = 32
 """Up to this many rows the GPU multiplies each by its own copy of the weights: decoding."""
@@ -37,7 +38,7 @@ class Experts(nn.Module):
         expert_M = index_NK.flatten()
         if x_ND.is_cuda and len(expert_M) <= GATHER_ROWS and not torch.is_grad_enabled():
             x_MD = x_ND.repeat_interleave(num_per_token, dim=0)
-            h_MF = swiglu(_row_mm(x_MD, self.gate_up_proj, expert_M))
+            h_MF = packed_swiglu(_row_mm(x_MD, self.gate_up_proj, expert_M))
             y_NKD = _row_mm(h_MF, self.down_proj, expert_M).unflatten(0, (-1, num_per_token))
             return self._mix(y_NKD, weight_NK, x_ND)
 
@@ -50,7 +51,7 @@ class Experts(nn.Module):
 
         # 2. every expert on its block
         x_MD = _TakeRows.apply(x_ND, order_M // num_per_token, place_M, num_per_token)  # type: ignore[no-untyped-call]
-        h_MF = swiglu(grouped_mm(x_MD, self.gate_up_proj, ends_E))
+        h_MF = packed_swiglu(grouped_mm(x_MD, self.gate_up_proj, ends_E))
         y_MD = grouped_mm(h_MF, self.down_proj, ends_E)
 
         # 3. back in the order of the tokens
@@ -65,12 +66,6 @@ class Experts(nn.Module):
         """Show the shape when printed."""
         size, inner = self.down_proj.shape[1:]
         return f"{self.num_experts} x ({size} -> {inner} -> {size})"
-
-
-def swiglu(h_M2F: Tensor) -> Tensor:
-    """silu(first half) * second half."""
-    gate_MF, up_MF = h_M2F.chunk(2, dim=-1)
-    return F.silu(gate_MF) * up_MF
 
 
 def grouped_mm(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:

@@ -30,6 +30,11 @@ inline float exp_of(float x) {
     return p * scale;
 }
 
+inline float sigmoid_of(float x) {
+    const float small = exp_of(-std::fabs(x));
+    return (x < 0 ? small : 1.0f) / (1.0f + small);
+}
+
 inline float row_max(const float* x, int64_t size) {
     float top = -INFINITY;
 #pragma omp simd reduction(max : top)
@@ -107,8 +112,7 @@ void minillm_swiglu(const float* gate, const float* up, float* y, int64_t rows, 
         float* out = y + r * size;
 #pragma omp simd
         for (int64_t i = 0; i < size; ++i) {
-            const float small = exp_of(-std::fabs(g[i]));
-            const float share = (g[i] < 0 ? small : 1.0f) / (1.0f + small);
+            const float share = sigmoid_of(g[i]);
             out[i] = g[i] * share * u[i];
         }
     }
@@ -123,12 +127,69 @@ void minillm_swiglu_backward(const float* gate, const float* up, const float* d,
         float *dg = d_gate + r * stride, *du = d_up + r * stride;
 #pragma omp simd
         for (int64_t i = 0; i < size; ++i) {
-            const float small = exp_of(-std::fabs(g[i]));
-            const float share = (g[i] < 0 ? small : 1.0f) / (1.0f + small);
+            const float share = sigmoid_of(g[i]);
             du[i] = dy[i] * g[i] * share;
             dg[i] = dy[i] * u[i] * share * (1.0f + g[i] * (1.0f - share));
         }
     }
+}
+
+// y[t] = silu(sum over w of weight[W - 1 - w] x[t - w]), x[t - w] of the same document only.
+// `weight` is (W, size): each of its rows weighs one shift of all channels. `start` (rows x length)
+// is how many tokens of its document come before each token.
+void minillm_conv(const float* x, const float* weight, const int32_t* start, float* y, int64_t rows,
+                  int64_t length, int64_t size, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows * length; ++r) {
+        float* out = y + r * size;
+        const float *now = x + r * size, *last = weight + (width - 1) * size;
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) out[i] = now[i] * last[i];
+        for (int64_t w = 1; w < width && w <= start[r]; ++w) {
+            const float *past = now - w * size, *by = last - w * size;
+#pragma omp simd
+            for (int64_t i = 0; i < size; ++i) out[i] += past[i] * by[i];
+        }
+    }
+}
+
+// d, the gradient of silu(y), becomes that of y; then those of x and, a sum for each row, weight.
+void minillm_conv_backward(const float* x, const float* weight, const int32_t* start,
+                           const float* y, float* d, float* d_x, float* d_weight, int64_t rows,
+                           int64_t length, int64_t size, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        float* sums = d_weight + row * width * size;
+        for (int64_t t = 0; t < length; ++t) {
+            const int64_t r = row * length + t;
+            const float *now = x + r * size, *pre = y + r * size;
+            float *grad = d + r * size, *out = d_x + r * size;
+            const float* last = weight + (width - 1) * size;
+            float* last_sum = sums + (width - 1) * size;
+#pragma omp simd
+            for (int64_t i = 0; i < size; ++i) {
+                const float share = sigmoid_of(pre[i]);
+                grad[i] *= share * (1.0f + pre[i] * (1.0f - share));
+                out[i] = grad[i] * last[i];
+                last_sum[i] += grad[i] * now[i];
+            }
+            for (int64_t w = 1; w < width && w <= start[r]; ++w) {
+                const float *past = now - w * size, *by = last - w * size;
+                float *to = out - w * size, *sum = last_sum - w * size;
+#pragma omp simd
+                for (int64_t i = 0; i < size; ++i) {
+                    to[i] += grad[i] * by[i];
+                    sum[i] += grad[i] * past[i];
+                }
+            }
+        }
+    }
+}
+
+// y = silu(x)
+void minillm_silu(const float* x, float* y, int64_t size) {
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < size; ++i) y[i] = x[i] * sigmoid_of(x[i]);
 }
 
 }  // extern "C"

@@ -80,7 +80,7 @@ def test_compiled_without_a_break_it_is_the_same(shape: str) -> None:
 def test_each_row_by_its_own_copy_of_the_weights_is_the_same() -> None:
     experts, x, index, weight = problem(*SHAPES["plain"])
     flat = index.flatten()
-    h = moe.swiglu(moe._row_mm(x.repeat_interleave(2, 0), experts.gate_up_proj, flat))
+    h = moe.packed_swiglu(moe._row_mm(x.repeat_interleave(2, 0), experts.gate_up_proj, flat))
     y = moe._row_mm(h, experts.down_proj, flat).unflatten(0, (-1, 2))
     torch.testing.assert_close(
         experts._mix(y, weight, x), experts(x, index, weight), atol=1e-5, rtol=1e-5

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from minillm.models import cpu_attention, registry, train_kernels
 from minillm.models.cpu_attention import Documents, attend_documents, documents_to_attend
+from minillm.models.cpu_conv import conv_silu
+from minillm.models.gated_delta import short_conv
+from minillm.models.gates import packed_swiglu, swiglu
 from minillm.models.train_kernels import call
 
 kernels = train_kernels.load_kernels()
@@ -88,3 +91,37 @@ def test_exponentials_are_right_over_their_whole_range() -> None:
     x[0, 7] = torch.nan
     call(kernels.minillm_exp_rows, x, 1, x.shape[1], x.shape[1], top, total)
     assert total.isnan().all()
+
+
+def test_gates_are_those_of_silu() -> None:
+    torch.manual_seed(0)
+    h = (8 * torch.randn(3, 5, 14)).requires_grad_()
+    gate, up = (part.detach().clone().requires_grad_() for part in h.chunk(2, -1))
+    g = torch.randn(3, 5, 7)
+    expected = F.silu(gate) * up
+    wanted = torch.autograd.grad(expected, (gate, up), g)
+    ours = swiglu(gate, up)
+    torch.testing.assert_close(ours, expected)
+    for mine, other in zip(torch.autograd.grad(ours, (gate, up), g), wanted, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    packed = packed_swiglu(h)
+    torch.testing.assert_close(packed, expected)
+    (mine,) = torch.autograd.grad(packed, h, g)
+    torch.testing.assert_close(mine, torch.cat(wanted, -1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("segments", [None, [[0, 0, 1, 1, 1, 1, 1, 2], [4, 5, 5, 5, 5, 5, 5, 5]]])
+def test_convolution_is_the_sum_of_shifted_products(segments: list[list[int]] | None) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 5, requires_grad=True)
+    weight = torch.randn(5, 4, requires_grad=True)
+    segment = None if segments is None else torch.tensor(segments)
+    ours, theirs = conv_silu(x, weight, segment), F.silu(short_conv(x, weight, segment))
+    torch.testing.assert_close(ours, theirs)
+    g = torch.randn_like(ours)
+    for mine, other in zip(
+        torch.autograd.grad(ours, (x, weight), g),
+        torch.autograd.grad(theirs, (x, weight), g),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
