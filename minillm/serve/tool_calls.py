@@ -78,7 +78,7 @@ def call_schema(tools: Sequence[Mapping[str, Any]], wanted: str) -> dict[str, An
             "type": "object",
             "properties": {
                 "name": {"const": tool["function"]["name"]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
+                "arguments": _closed(tool["function"].get("parameters") or {"type": "object"}),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
@@ -87,6 +87,15 @@ def call_schema(tools: Sequence[Mapping[str, Any]], wanted: str) -> dict[str, An
         if wanted in ("required", tool["function"]["name"])
     ]
     return forms[0] if len(forms) == 1 else {"anyOf": forms}
+
+
+def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema without names that it does not mention, unless it speaks of them.
+
+    All that fits it fits the given one too; a small model would go on making up names.
+    """
+    is_open = "properties" in schema and not any(key.endswith("Properties") for key in schema)
+    return {**schema, "additionalProperties": False} if is_open else schema
 
 
 def check_calls(calls: Sequence[Any], place: str) -> list[dict[str, Any]]:
