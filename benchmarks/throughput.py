@@ -10,7 +10,11 @@ of its own, in turns, and the best of the turns counts. Evaluation, samples and 
 outside the measured steps. Blocks for further tokens (MTP), which the official class does not
 have, are off. Both ways with experts add the balance loss that they know.
 
-    python benchmarks/throughput.py [--steps 5] [--turns 2] [--models mini_llama3:small ...]
+Tokens are those of the tokenizer in the package (32,004 words). Rows are attended to as wholes,
+so that all compute the same; `--documents` keeps documents apart instead, as `minillm pretrain`
+does by default and the official classes do when positions restart.
+
+    python benchmarks/throughput.py [--steps 4] [--turns 1] [--documents] [--models NAME ...]
 
 Needs `pip install -e '.[bench]'`.
 """
@@ -26,12 +30,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LENGTH, ROWS, MICRO, WARM_UP, VOCAB = 512, 16, 8, 2, 6_144
+LENGTH, ROWS, MICRO, WARM_UP, VOCAB = 512, 16, 8, 1, 32_004
 MODELS = ("mini_llama3:small", "mini_deepseekv3:small", "mini_qwen3_next:small")
 WAYS = ("ours", "trainer", "plain")
+SEPARATOR = 32_001  # <|im_end|>
 
 
-def run_ours(name: str, folder: Path, steps: int) -> tuple[float, int]:
+def run_ours(name: str, folder: Path, steps: int, apart: bool) -> tuple[float, int]:
     """Run the command in this process; return tokens/s and peak bytes from its own log."""
     import runpy
     from contextlib import suppress
@@ -42,10 +47,10 @@ def run_ours(name: str, folder: Path, steps: int) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as scratch:
         words = (
             f"pretrain --model {name} --data {folder}/tokens/bundled.bin --out {scratch}/run "
-            f"--tokenizer {folder}/tokenizer --steps {steps} --batch-tokens {LENGTH * ROWS} "
+            f"--tokenizer bundled --steps {steps} --batch-tokens {LENGTH * ROWS} "
             f"--sequence-length {LENGTH} --micro-batch {MICRO} --optimizer adamw --log-every 1 "
             f"--eval-tokens {LENGTH} --eval-every {steps} --sample-tokens 0 --precision fp32 "
-            f"--save-every {steps} --device cpu"
+            f"--save-every {steps} --device cpu --{'' if apart else 'no-'}doc-mask"
         )
         sys.argv = ["minillm", *words.split()]
         with suppress(SystemExit):
@@ -81,7 +86,18 @@ def official(name: str, folder: Path, steps: int) -> tuple[Any, list[Any]]:
     return model, rows
 
 
-def run_trainer(name: str, folder: Path, steps: int) -> tuple[float, int]:
+def positions(ids: Any, apart: bool) -> dict[str, Any]:
+    """Return positions `(..., T)` that restart after each end of a document, if wanted."""
+    import torch
+
+    if not apart:
+        return {}
+    place = torch.arange(ids.shape[-1]).expand(ids.shape)
+    after_end = torch.nn.functional.pad(ids[..., :-1] == SEPARATOR, (1, 0))
+    return {"position_ids": place - (place * after_end).cummax(-1).values}
+
+
+def run_trainer(name: str, folder: Path, steps: int, apart: bool) -> tuple[float, int]:
     """Train with transformers; return tokens/s and peak bytes."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -107,12 +123,12 @@ def run_trainer(name: str, folder: Path, steps: int) -> tuple[float, int]:
             logging_steps=1,
             disable_tqdm=True,
         )
-        data = [{"input_ids": row, "labels": row} for row in rows]
+        data = [{"input_ids": row, "labels": row} | positions(row, apart) for row in rows]
         Trainer(model=model, args=settings, train_dataset=data, callbacks=[Clock()]).train()
     return _rate(times), _peak()
 
 
-def run_plain(name: str, folder: Path, steps: int) -> tuple[float, int]:
+def run_plain(name: str, folder: Path, steps: int, apart: bool) -> tuple[float, int]:
     """Train with a loop as in a tutorial; return tokens/s and peak bytes."""
     import torch
     import torch.nn.functional as F  # noqa: N812
@@ -128,7 +144,7 @@ def run_plain(name: str, folder: Path, steps: int) -> tuple[float, int]:
         for step in range(steps):
             for at in range(step * ROWS, (step + 1) * ROWS, MICRO):
                 ids = torch.stack(rows[at : at + MICRO])
-                out = model(input_ids=ids, use_cache=False)
+                out = model(input_ids=ids, use_cache=False, **positions(ids, apart))
                 loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
                 if getattr(out, "aux_loss", None) is not None:
                     loss = loss + model.config.router_aux_loss_coef * out.aux_loss
@@ -152,9 +168,10 @@ def _peak() -> int:
     return peak_memory_bytes(torch.device("cpu"))
 
 
-def measure(way: str, name: str, folder: Path, steps: int) -> tuple[float, int]:
+def measure(way: str, name: str, folder: Path, steps: int, apart: bool) -> tuple[float, int]:
     """Return tokens/s and peak bytes of a process of its own."""
     words = ["--way", way, "--models", name, "--folder", str(folder), "--steps", str(steps)]
+    words += ["--documents"] * apart
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -163,16 +180,12 @@ def measure(way: str, name: str, folder: Path, steps: int) -> tuple[float, int]:
 
 
 def prepare(folder: Path) -> None:
-    """Make a tokenizer and a token file of the bundled text."""
-    program, small = [sys.executable, "-m", "minillm"], ["--max-bytes", "10000000"]
-    given = ["--data", "bundled"]
-    made = [*program, "train-tokenizer", *given, "--out", f"{folder}/tokenizer", *small]
-    subprocess.run([*made, "--vocab-size", str(VOCAB)], check=True, capture_output=True)
-    words = [*given, "--tokenizer", f"{folder}/tokenizer", "--out", f"{folder}/tokens"]
-    subprocess.run([*program, "tokenize", *words], check=True, capture_output=True)
+    """Make a token file of the bundled text."""
+    words = ["tokenize", "--data", "bundled", "--tokenizer", "bundled", "--out", f"{folder}/tokens"]
+    subprocess.run([sys.executable, "-m", "minillm", *words], check=True, capture_output=True)
 
 
-def table(models: list[str], folder: Path, steps: int, turns: int) -> None:
+def table(models: list[str], folder: Path, steps: int, turns: int, apart: bool) -> None:
     """Measure in turns and print a Markdown table."""
     import torch
     import transformers
@@ -184,7 +197,8 @@ def table(models: list[str], folder: Path, steps: int, turns: int) -> None:
     cpu = torch.device("cpu")
     heads = "tok/s: ours, Trainer, plain | of matmul peak | peak RSS, MB | ours / Trainer"
     heads += " | ours / plain | hardware | versions | date"
-    print(f"| fp32, rows of {LENGTH}, micro-batch {MICRO} | {heads} |")
+    what = f"rows of {LENGTH}, micro-batch {MICRO}" + ", documents apart" * apart
+    print(f"| fp32, {what} | {heads} |")
     print("|" + 9 * "---|")
     where = f"{describe(cpu)} | torch {torch.__version__}, transformers {transformers.__version__}"
     for name in models:
@@ -192,13 +206,13 @@ def table(models: list[str], folder: Path, steps: int, turns: int) -> None:
         peak = 0.0
         for _ in range(turns):
             for way in WAYS:
-                found[way].append(measure(way, name, folder, steps))
+                found[way].append(measure(way, name, folder, steps, apart))
             peak_flops.cache_clear()
             peak = max(peak, peak_flops(cpu, torch.float32))
         rate = {way: max(r for r, _ in pairs) for way, pairs in found.items()}
         size = {way: min(b for _, b in pairs) / 1e6 for way, pairs in found.items()}
         mtp = {"num_nextn_predict_layers": 0} if "deepseek" in name else {}
-        model = registry.build_model(registry.build_config(name, vocab_size=VOCAB + 4, **mtp))
+        model = registry.build_model(registry.build_config(name, vocab_size=VOCAB, **mtp))
         flops, count = flops_per_token(model, LENGTH), model.num_parameters() / 1e6
         cells = [
             f"{name}, {count:.0f}M",
@@ -215,22 +229,23 @@ def table(models: list[str], folder: Path, steps: int, turns: int) -> None:
 def main() -> None:
     """Measure one way, or all and print."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--documents", action="store_true", help="keep documents apart")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     if args.way:
-        ways: dict[str, Callable[[str, Path, int], tuple[float, int]]]
+        ways: dict[str, Callable[[str, Path, int, bool], tuple[float, int]]]
         ways = {"ours": run_ours, "trainer": run_trainer, "plain": run_plain}
-        print(json.dumps(ways[args.way](args.models[0], args.folder, args.steps)))
+        print(json.dumps(ways[args.way](args.models[0], args.folder, args.steps, args.documents)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         if not args.folder:
             prepare(folder)
-        table(args.models, folder, args.steps, args.turns)
+        table(args.models, folder, args.steps, args.turns, args.documents)
 
 
 if __name__ == "__main__":
