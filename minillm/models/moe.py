@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minillm.device import has_bf16
 from minillm.models.gates import packed_swiglu
+from minillm.models.train_kernels import call, kernels_for
 
 GATHER_ROWS = 32
 """Up to this many rows the GPU multiplies each by its own copy of the weights: decoding."""
@@ -55,6 +57,9 @@ class Experts(nn.Module):
         y_MD = grouped_mm(h_MF, self.down_proj, ends_E)
 
         # 3. back in the order of the tokens
+        if torch.is_grad_enabled() and kernels_for(x_ND, y_MD, weight_NK):
+            out_ND: Tensor = _Mix.apply(y_MD, place_M, weight_NK)  # type: ignore[no-untyped-call]
+            return out_ND
         y_MD = _TakeRows.apply(y_MD, place_M, order_M, 1)  # type: ignore[no-untyped-call]
         return self._mix(y_MD.unflatten(0, (-1, num_per_token)), weight_NK, x_ND)
 
@@ -91,6 +96,33 @@ def grouped_mm(x_MD: Tensor, weight_EFD: Tensor, ends_E: Tensor) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_fast_in_bf16(device: str) -> bool:
     return device != "cpu" or has_bf16(torch.device(device))
+
+
+class _Mix(torch.autograd.Function):
+    """Weighted sum over a token's experts, from where their rows are: for training on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, y_MD: Tensor, place_M: Tensor, weight_NK: Tensor) -> Tensor:
+        """Return `(N, D)`."""
+        y_MD, weight_NK = y_MD.contiguous(), weight_NK.contiguous()
+        ctx.save_for_backward(y_MD, place_M, weight_NK)
+        out_ND, sizes = y_MD.new_empty(len(weight_NK), y_MD.shape[1]), weight_NK.shape
+        call(
+            kernels_for(y_MD).minillm_mix,
+            y_MD, place_M, weight_NK, out_ND, *sizes, y_MD.shape[1],
+        )  # fmt: skip
+        return out_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_ND: Tensor) -> tuple[Tensor, None, Tensor]:
+        """Return the gradients of the rows and the weights."""
+        y_MD, place_M, weight_NK = ctx.saved_tensors
+        dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weight_NK)
+        given = y_MD, place_M, weight_NK, g_ND.contiguous(), dy_MD, dw_NK
+        kernel = kernels_for(y_MD).minillm_mix_backward
+        call(kernel, *given, *weight_NK.shape, y_MD.shape[1])
+        return dy_MD, None, dw_NK
 
 
 def _row_mm(x_MD: Tensor, weight_EFD: Tensor, expert_M: Tensor) -> Tensor:

@@ -192,4 +192,36 @@ void minillm_silu(const float* x, float* y, int64_t size) {
     for (int64_t i = 0; i < size; ++i) y[i] = x[i] * sigmoid_of(x[i]);
 }
 
+// out[n] = sum over k of weight[n, k] * y[place[n, k]]
+void minillm_mix(const float* y, const int64_t* place, const float* weight, float* out,
+                 int64_t tokens, int64_t chosen, int64_t size) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < tokens; ++n) {
+        float* to = out + n * size;
+        for (int64_t k = 0; k < chosen; ++k) {
+            const float by = weight[n * chosen + k];
+            const float* from = y + place[n * chosen + k] * size;
+#pragma omp simd
+            for (int64_t i = 0; i < size; ++i) to[i] = k ? to[i] + by * from[i] : by * from[i];
+        }
+    }
+}
+
+// Gradients of y and weight; every row of y has one place.
+void minillm_mix_backward(const float* y, const int64_t* place, const float* weight, const float* g,
+                          float* d_y, float* d_weight, int64_t tokens, int64_t chosen,
+                          int64_t size) {
+#pragma omp parallel for schedule(static)
+    for (int64_t m = 0; m < tokens * chosen; ++m) {
+        const float *grad = g + m / chosen * size, *row = y + place[m] * size;
+        float *to = d_y + place[m] * size, by = weight[m], sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < size; ++i) {
+            to[i] = by * grad[i];
+            sum += row[i] * grad[i];
+        }
+        d_weight[m] = sum;
+    }
+}
+
 }  // extern "C"

@@ -11,6 +11,7 @@ from minillm.models.cpu_attention import Documents, attend_documents, documents_
 from minillm.models.cpu_conv import conv_silu
 from minillm.models.gated_delta import short_conv
 from minillm.models.gates import packed_swiglu, swiglu
+from minillm.models.moe import Experts
 from minillm.models.train_kernels import call
 
 kernels = train_kernels.load_kernels()
@@ -125,3 +126,22 @@ def test_convolution_is_the_sum_of_shifted_products(segments: list[list[int]] | 
         strict=True,
     ):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_experts_are_mixed_as_without_kernels(num: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    experts = Experts(4, 16, 8)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    x = torch.randn(9, 16, requires_grad=True)
+    share = torch.rand(9, num, requires_grad=True)
+    index = torch.rand(9, 4).topk(num).indices
+    found = []
+    for library in (kernels, None):
+        monkeypatch.setattr(train_kernels, "load_kernels", lambda library=library: library)
+        y = experts(x, index, share)
+        grads = torch.autograd.grad(y.square().sum(), (x, share, *experts.parameters()))
+        found.append((y.detach(), *grads))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-5)
