@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +30,8 @@ _SYNC_BUFFERS = next(  # torch 2.13 has renamed it
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in inspect.signature(DistributedDataParallel).parameters
 )
+JOIN_TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for those on other machines to start."""
 _LOST_WAIT_S = 10
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "gloo", "NCCL", "rendezvous")
 
@@ -94,7 +98,7 @@ def join_world(device_name: str) -> Iterator[tuple[World, torch.device]]:
         device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _join("nccl" if device.type == "cuda" else "gloo", size)
         yield World(dist.get_rank(), size), device
     except MinillmError:
         raise
@@ -109,6 +113,27 @@ def join_world(device_name: str) -> Iterator[tuple[World, torch.device]]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join(backend: str, size: int) -> None:
+    """Meet the other processes.
+
+    Raises:
+        RunError: Not all have come in time.
+    """
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=JOIN_TIMEOUT))
+    except RuntimeError as error:  # the store's error says how many have come
+        if "joined" not in str(error) and "imed out" not in str(error):
+            raise
+        address = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise RunError(
+            f"the {size} processes of this run have not all come to {address} within "
+            f"{JOIN_TIMEOUT.total_seconds():.0f} s",
+            hint="start the same command on every machine; each must reach that address",
+        ) from error
+    store.set_timeout(dist.default_pg_timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 class Parallel:

@@ -1,6 +1,6 @@
 """The pieces of a run, put together by `pretrain` and `sft` and driven by `loop`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +63,8 @@ class Job:
     parallel: str = "ddp"
     lora: LoraConfig | None = None
     """Set when the model's weights are frozen but for LoRA's."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of data and tokenizer."""
 
     def __post_init__(self) -> None:
         """Reject a batch that cannot be dealt out evenly."""

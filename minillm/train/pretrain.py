@@ -128,6 +128,7 @@ def _build_job(
         device=device,
         dtype=pick_dtype(cfg.batch.precision, device),
         world=world,
+        facts=facts,
         parallel=cfg.several.parallel,
     )
 

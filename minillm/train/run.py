@@ -14,6 +14,7 @@ from minillm.train.job import Job, main_first
 from minillm.train.loop import Outcome, train
 from minillm.train.plan import summary_lines
 from minillm.train.report import write_report
+from minillm.train.run_folder import check_alike
 
 
 def run_job(
@@ -30,6 +31,7 @@ def run_job(
         if device.type == "cpu":
             keep_freed_memory()
         job = main_first(world, out, lambda run: build(world, device, run))
+        check_alike(cfg, job.facts, world)
         if not resume:
             for line in summary_lines(job):
                 progress.line(line)

@@ -22,6 +22,9 @@ from minillm.train.distributed import World
 
 # what may change when a run continues: none of it touches the numbers of a step beyond rounding
 _FREE = {"device", "compile", "activation_checkpointing", "micro_batch", "on_nonfinite"}
+# what may differ between the machines of a run
+_OWN = {"data", "val_data", "tokenizer", "batch.device", "several.nproc"}
+_SHA256_DIGITS = 64
 _SECOND = 10**9  # nanoseconds
 _FREE_SECTIONS = {"report", "several"}
 
@@ -90,6 +93,33 @@ def _check_settings(cfg: Any, file: Path) -> None:
                 f"now {now.get(knob.path)}",
                 hint="leave that flag out to resume, or start a new run without `--resume`",
             )
+
+
+def check_alike(cfg: Any, facts: Mapping[str, str], world: World) -> None:
+    """Refuse processes that were started with different settings, data or tokenizers.
+
+    Paths may differ, for machines may have copies; what lies there may not.
+
+    Raises:
+        ConfigError: They differ; raised in all of them.
+    """
+    flat = _flat(to_plain(cfg))
+    mine = {key: value for key, value in flat.items() if key not in _OWN} | dict(facts)
+    everyone = world.gather(mine)
+    for rank, other in enumerate(everyone):
+        for key in sorted(everyone[0].keys() | other.keys()):
+            ours, theirs = everyone[0].get(key), other.get(key)
+            if ours != theirs:
+                raise ConfigError(
+                    f"process {rank} of {world.size} has another `{key}` than process 0: "
+                    f"{_short(theirs)}, not {_short(ours)}",
+                    hint="start every machine with the same flags, data and tokenizer",
+                )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == _SHA256_DIGITS else text
 
 
 def to_plain_from(file: Path, cls: type) -> dict[str, Any]:

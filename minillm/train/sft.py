@@ -180,6 +180,7 @@ def _build_job(
         device=device,
         dtype=pick_dtype(cfg.batch.precision, device),
         world=world,
+        facts=facts,
         parallel=cfg.several.parallel,
         lora=cfg.lora if cfg.lora.lora_rank else None,
     )

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -66,6 +67,33 @@ def test_bad_input_is_said_once(corpus: Path, tmp_path: Path) -> None:
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error:") == 1
     assert "5 rows cannot be split over 2" in done.stderr
+
+
+def test_another_seed_on_another_machine_is_refused(corpus: Path, tmp_path: Path) -> None:
+    words = command(corpus, tmp_path / "run", 2, "--model", "mini_llama3:nano")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    machines = [
+        subprocess.Popen(
+            [*words, "--seed", str(rank)],
+            env={
+                **ENV,
+                "RANK": str(rank),
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for machine in machines:
+        talk = machine.communicate(timeout=120)[1]
+        assert machine.returncode == 2, talk
+        assert "process 1 of 2 has another `seed` than process 0: 1, not 0" in talk
 
 
 @pytest.mark.slow
