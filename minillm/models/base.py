@@ -135,6 +135,17 @@ class MiniPreTrainedModel(PreTrainedModel):
         config = self.config
         return config.num_key_value_heads, config.head_dim, config.head_dim
 
+    def cache_bytes(self) -> tuple[int, int]:
+        """Return the bytes that a token adds to the cache, and those of a sequence of any length.
+
+        The latter belong to modules that have `state_bytes`.
+        """
+        heads, *sizes = self.cache_shape
+        kinds = getattr(self.config, "layer_types", None)
+        num_layers = kinds.count("full_attention") if kinds else self.config.num_hidden_layers
+        states = sum(getattr(module, "state_bytes", 0) for module in self.modules())
+        return num_layers * heads * sum(sizes) * self.dtype.itemsize, states
+
     def update_router_bias(self) -> None:
         """Balance the experts; called once for each optimizer step, just before the optimizers.
 

@@ -42,6 +42,13 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedRMSNorm(self.head_v_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(self.value_dim, config.hidden_size, bias=False)
 
+    @property
+    def state_bytes(self) -> int:
+        """What a sequence keeps here: the last inputs of the convolution, and the fp32 memory."""
+        channels, _, width = self.conv1d.weight.shape
+        memory = self.num_v_heads * self.head_k_dim * self.head_v_dim * torch.float32.itemsize
+        return channels * width * self.conv1d.weight.dtype.itemsize + memory
+
     def extra_flops(self, seq_len: int) -> dict[str, float]:
         """FLOPs of a token in training that no parameter stands for, forward and backward.
 

@@ -5,24 +5,19 @@ memory, so that no architecture needs a formula of its own and a large one is as
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import DynamicCache
 
 from minillm.errors import ConfigError
 from minillm.models import registry
-from minillm.models.base import ParamCount, flops_per_token, param_count
+from minillm.models.base import ParamCount
 
 CACHE_DTYPE = torch.bfloat16
-_PROBE = (8, 16)  # lengths whose difference gives the bytes of a token
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,39 +91,12 @@ def summarize(name: str, seq_len: int) -> ModelSummary:
         )
     config = load_config(name)
     config.dtype = CACHE_DTYPE
-    # as the meta device, but it calls itself `cpu`, which autocast wants to know
-    with FakeTensorMode(), init.no_init_weights():
-        model = registry.build_model(config)
-        model.tie_weights()  # which goes with the initial values that are left out
-        count = getattr(model, "param_count", lambda: param_count(model))()
-        flops = getattr(model, "flops_per_token", lambda n: flops_per_token(model, n))(seq_len)
-        short, long = (cache_size(model, length) for length in _PROBE)
-    per_token = (long - short) // (_PROBE[1] - _PROBE[0])
-    return ModelSummary(name, count, flops, per_token, short - per_token * _PROBE[0])
-
-
-@torch.no_grad()
-def cache_size(model: PreTrainedModel, length: int) -> int:
-    """Return the bytes of the cache after one sequence of `length` tokens."""
-    cache = DynamicCache(config=model.config)
-    ids = torch.zeros(1, length, dtype=torch.long)
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    # layers keep other tensors too (counters, flags): only floating point ones hold content
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for layer in cache.layers
-        for value in vars(layer).values()
-        for tensor in _tensors(value)
-        if tensor.is_floating_point()
+    with init.no_init_weights():
+        model: Any = build_on_meta(config)
+    model.tie_weights()  # which goes with the initial values that are left out
+    return ModelSummary(
+        name, model.param_count(), model.flops_per_token(seq_len), *model.cache_bytes()
     )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def layer_table(model: PreTrainedModel) -> list[Block]:
