@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from minillm.errors import InputError
-from minillm.files import fsync_folder, fsync_tree, named_os_errors
+from minillm.files import fsync_folder, fsync_tree, named_os_errors, sha256_file
 from minillm.paths import is_complete
 from minillm.train.distributed import like, local, whole
 from minillm.train.job import Job
@@ -154,7 +154,8 @@ def write_folder(target: Path, fill: Any) -> None:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             fill(part)
-            (part / "COMPLETE").write_text("", encoding="utf-8")
+            sums = {p.name: sha256_file(p) for p in sorted(part.iterdir())}
+            (part / "COMPLETE").write_text(json.dumps(sums, indent=1), encoding="utf-8")
             fsync_tree(part)
             if target.exists():
                 shutil.rmtree(target)
@@ -173,6 +174,19 @@ class _safetensors_os_errors:  # noqa: N801 - reads as a context, like contextli
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, SafetensorError) and "os error 28" in str(error):
             raise OSError(28, "No space left on device") from error
+
+
+def check_files(folder: Path) -> None:
+    """Compare the files of a checkpoint with the hashes that were written with it.
+
+    Raises:
+        InputError: One is missing or has changed.
+    """
+    with _named_damage(folder):
+        text = (folder / "COMPLETE").read_text(encoding="utf-8")
+        for name, sha256 in (json.loads(text) if text else {}).items():
+            if sha256_file(folder / name) != sha256:
+                raise ValueError(f"`{name}` is not what was written")
 
 
 def load_weights(folder: Path, job: Job) -> None:

@@ -21,6 +21,7 @@ from minillm.models.base import MiniPreTrainedModel, flops_per_token
 from minillm.settings.checks import duration_s
 from minillm.train.checkpoint import (
     CheckpointWriter,
+    check_files,
     good_checkpoint,
     load_optimizers,
     load_position,
@@ -64,6 +65,7 @@ def train(job: Job, progress: Progress, *, resume: bool) -> Outcome:
     checkpoint = newest_checkpoint(job.run) if resume else None
     state = TrainState()
     if checkpoint is not None:
+        check_files(checkpoint)
         state = load_position(checkpoint)
         load_weights(checkpoint, job)
     parallel = Parallel(model, job.world, job.parallel, is_compiled=_is_compiled(job))

@@ -281,6 +281,25 @@ def test_a_run_with_other_data_is_refused(corpus: Path, tmp_path: Path) -> None:
         in_place.write_bytes(kept)
 
 
+def test_a_flipped_bit_in_a_checkpoint_is_refused(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    whole, _ = go(settings(corpus), run)
+    newest = run / "checkpoints" / "step-0000010"
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 4
+    weights.write_bytes(content)
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"kind": "tra')  # as a kill leaves it
+    with pytest.raises(InputError, match=r"step-0000010.*`model.safetensors` is not") as error:
+        go(settings(corpus), run, resume=True)
+    assert f"rm -r {newest}" in str(error.value.hint)
+    shutil.rmtree(newest)
+    outcome, _ = go(settings(corpus), run, resume=True)
+    assert outcome.state.last_eval == whole.state.last_eval
+    assert train_steps(run) == list(range(1, STEPS + 1))
+
+
 def test_spikes_are_seen() -> None:
     state = TrainState()
     seen = []
