@@ -30,6 +30,10 @@ from minillm.settings import ServeConfig
 LAST_WORDS_S = 3
 """How long a client may take to read that its answer was cut short."""
 
+IDLE_S = 75
+"""How long a silent connection stays open: longer than clients keep theirs, so that none is closed
+at the moment it is used again (httpx, and so the openai client, gives one up after 5 seconds)."""
+
 LOOPBACK = frozenset(("127.0.0.1", "::1", "localhost"))
 
 
@@ -160,6 +164,7 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 timeout_graceful_shutdown=LAST_WORDS_S,
+                timeout_keep_alive=IDLE_S,
                 lifespan="off",
             )
         )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from minillm.errors import ConfigError, SetupError
@@ -94,6 +95,12 @@ def test_a_client_that_leaves_midway_in_its_body_leaves_no_traceback(
     _half_a_request(server).close()
     http.get("/health")  # the loop has gone round
     assert caplog.text == ""
+
+
+def test_silent_connections_outlive_those_that_clients_keep(server: Any) -> None:
+    # else one is closed at the moment a client sends its next request on it: a lost connection
+    kept_by_clients = openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry
+    assert server.server.config.timeout_keep_alive > 2 * kept_by_clients
 
 
 def test_megabytes_of_prompt_are_refused_before_they_are_tokenized(
