@@ -151,10 +151,25 @@ class TokenFile:
 
     def __init__(self, path: Path, manifest: Manifest, tokens: "np.memmap[Any, Any]") -> None:
         self.path, self.manifest, self.tokens = path, manifest, tokens
+        self._inode = path.stat().st_ino
 
     def __len__(self) -> int:
         """Tokens in the file."""
         return self.manifest.num_tokens
+
+    def require_whole(self) -> None:
+        """Check that the file was not cut short since: the kernel kills who reads on (SIGBUS).
+
+        Raises:
+            InputError: It was. One that was deleted or replaced is still there for its readers.
+        """
+        found = self.path.stat() if self.path.exists() else None
+        if found and found.st_ino == self._inode and found.st_size < self.tokens.nbytes:
+            raise InputError(
+                f"`{self.path}` was cut while it was read: {found.st_size} bytes are left of "
+                f"{self.tokens.nbytes}",
+                hint="make it again with `minillm tokenize`",
+            )
 
     @classmethod
     def open(

@@ -68,7 +68,7 @@ class Windows:
         doc_mask: Give positions that restart after each separator.
 
     Raises:
-        InputError: The file holds fewer than two windows.
+        InputError: The file holds fewer than two windows, or was cut short since it was opened.
     """
 
     def __init__(
@@ -121,6 +121,7 @@ class Windows:
         return index + low
 
     def _gather(self, places: Sequence[int]) -> Rows:
+        self.file.require_whole()
         length, tokens = self.length, self.file.tokens
         windows = np.stack([tokens[p * length : (p + 1) * length + 1] for p in places])
         windows = windows.astype(np.int64)

@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from minillm.data.binfile import BinWriter, TokenFile
 from minillm.data.manifest import Manifest, TokenizerFacts, manifest_path
 from minillm.data.tokenizer import fingerprint, plain_encoder
+from minillm.data.windows import Windows
 from minillm.errors import InputError, SetupError
 
 FACTS = TokenizerFacts(vocab_size=300, sha256="f" * 64, separator_id=1)
@@ -212,3 +214,24 @@ def test_a_file_without_manifest_needs_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no manifest") as caught:
         TokenFile.open(path)
     assert "--tokenizer" in str(caught.value.hint)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write(path, [[5, 6, 7]])
+    rows = Windows(TokenFile.open(path), 1, seed=0, val_windows=0, doc_mask=False)
+    assert rows.rows(0, 3).input_ids.sum() == 5 + 6 + 7
+    os.truncate(path, 2)
+    with pytest.raises(InputError, match=r"cut while it was read: 2 bytes are left of 8"):
+        rows.rows(0, 3)
+
+
+def test_a_file_that_is_replaced_or_deleted_is_read_to_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    write(path, [[5, 6, 7]])
+    rows = Windows(TokenFile.open(path), 1, seed=0, val_windows=0, doc_mask=False)
+    (tmp_path / "b").write_bytes(b"")
+    (tmp_path / "b").replace(path)
+    assert rows.rows(0, 3).input_ids.sum() == 5 + 6 + 7
+    path.unlink()
+    assert rows.rows(0, 3).input_ids.sum() == 5 + 6 + 7

@@ -27,6 +27,7 @@ def token_file(num_tokens: int) -> Any:
             "tokens": tokens,
             "manifest": manifest,
             "__len__": lambda self: num_tokens,
+            "require_whole": lambda self: None,
         },
     )()
 
