@@ -1,6 +1,6 @@
 """Servers under load: `minillm serve`, `transformers serve` and llama.cpp's `llama-server`.
 
-    python benchmarks/serve.py MODEL [--llama-server PATH] [--precision fp32] [--threads 2]
+    python benchmarks/serve.py MODEL [--llama-server PATH] [--quantize none] [--threads 2]
 
 Each is started with the same weights (exported for the others), answers one client alone and then
 16 at once, and is stopped. All answers are greedy, streamed and of equal length: the end of text is
@@ -31,9 +31,7 @@ import transformers
 from minillm.device import describe
 
 WORDS = """the old town by the river has a long history and people still come to its market"""
-KINDS = {"fp32": ("none", "float32", "f32"), "fp16": ("fp16", "float16", "f16")}
-KINDS["int8"] = ("int8", "float32", "q8_0")
-USAGE = {"stream_options": {"include_usage": True}}
+KINDS = {"none": ("float32", "f32"), "fp16": ("float16", "f16"), "int8": ("float32", "q8_0")}
 
 
 def export(model: str, *words: str) -> Path:
@@ -46,11 +44,11 @@ def export(model: str, *words: str) -> Path:
 
 def command_of(name: str, args: argparse.Namespace, port: int) -> tuple[list[str], dict[str, Any]]:
     """Return how to start a server, and what its requests say."""
-    python, (kind, dtype, gguf) = Path(sys.executable), KINDS[args.precision]
-    body: dict[str, Any] = {"model": "model", **USAGE}
+    python, (dtype, gguf) = Path(sys.executable), KINDS[args.quantize]
+    body: dict[str, Any] = {"model": "model", "stream_options": {"include_usage": True}}
     if name == "minillm":
         words = [python, "-m", "minillm", "serve", "--model", args.model, "--device", "cpu"]
-        words += ["--served-model-name", "model", "--quantize", kind, *args.minillm.split()]
+        words += ["--served-model-name", "model", "--quantize", args.quantize]
         body["min_tokens"] = args.tokens
     elif name == "llama.cpp":
         folder = export(args.model, "--to", "gguf", "--type", gguf)
@@ -119,7 +117,8 @@ async def ask(
 async def measure(url: str, body: Any, args: Any) -> tuple[list[float], list[str]]:
     """Return the numbers of a row, and the answers."""
     body |= {"temperature": 0, "max_tokens": args.tokens}
-    async with httpx.AsyncClient(base_url=url, timeout=1800) as client:
+    limits = httpx.Limits(max_keepalive_connections=0)  # llama.cpp closes them when it likes
+    async with httpx.AsyncClient(base_url=url, timeout=1800, limits=limits) as client:
         alone = [await ask(client, 1000 + turn, body, args) for turn in range(3)]
         speed = (args.tokens - 1) / min(took for _, _, took in alone)
         start, clients = time.perf_counter(), range(1, args.clients + 1)
@@ -133,12 +132,9 @@ def main() -> None:
     """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("--llama-server", help="llama.cpp's binary; without it, it is left out")
-    parser.add_argument(
-        "--rivals", nargs="*", default=["llama.cpp", "transformers-cb", "transformers"]
-    )
-    parser.add_argument("--precision", choices=list(KINDS), default="fp32")
-    parser.add_argument("--minillm", default="", help="more options of `minillm serve`")
+    parser.add_argument("--llama-server", help="llama.cpp's binary: also ask it")
+    parser.add_argument("--rivals", nargs="*", default=["transformers-cb", "transformers"])
+    parser.add_argument("--quantize", choices=list(KINDS), default="none")
     for name, value in (("threads", 2), ("clients", 16), ("tokens", 64), ("words", 200)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
@@ -146,10 +142,7 @@ def main() -> None:
     print("| server | 1 client, tok/s | all, tok/s | TTFT p50 s | p95 s | peak MB | same answers |")
     print("|---|---|---|---|---|---|---|")
     rows: dict[str, tuple[list[float], list[str]]] = {}
-    for name in [
-        "minillm",
-        *(one for one in args.rivals if args.llama_server or one[:5] != "llama"),
-    ]:
+    for name in ["minillm", *["llama.cpp"] * bool(args.llama_server), *args.rivals]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -164,8 +157,7 @@ def main() -> None:
         one, all_ = (rows["minillm"][0][place] / rows[name][0][place] for place in (0, 1))
         print(f"\nminillm / {name}: {one:.2f} alone, {all_:.2f} at {args.clients} clients")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    what = f"{args.precision}, {args.clients} clients, {args.tokens} tokens, to {args.words} words"
-    print(f"\n{what}, {describe(torch.device('cpu'))}, {versions}, {datetime.date.today()}")
+    print(f"\n{vars(args)}, {describe(torch.device('cpu'))}, {versions}, {datetime.date.today()}")
 
 
 if __name__ == "__main__":
