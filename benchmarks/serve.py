@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import torch
 import transformers
 
@@ -36,9 +35,9 @@ KINDS = {"none": ("float32", "f32"), "fp16": ("float16", "f16"), "int8": ("float
 
 def export(model: str, *words: str) -> Path:
     """Return a folder with the model in another form."""
+    command = [sys.executable, "-m", "minillm", "export", model, *words, "--out"]
     out = Path(tempfile.mkdtemp()) / "made"
-    command = [sys.executable, "-m", "minillm", "export", model, *words, "--out", str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, str(out)], check=True, stdout=subprocess.DEVNULL)
     return out
 
 
@@ -58,7 +57,7 @@ def command_of(name: str, args: argparse.Namespace, port: int) -> tuple[list[str
     else:
         folder = export(args.model, "--to", "official")
         words = [python.with_name("transformers"), "serve", folder, "--dtype", dtype]
-        words += ["--device", "cpu", "--cb-max-memory-percent", "0.3"]  # 0.9 took 14 GB
+        words += ["--device", "cpu", "--cb-max-memory-percent", "0.3"]  # else it takes 14 GB
         words += ["--continuous-batching"] * (name == "transformers-cb")
         config = {"max_new_tokens": args.tokens, "do_sample": False, "eos_token_id": -1}
         body = {"model": str(folder), "generation_config": json.dumps(config)}
@@ -66,7 +65,7 @@ def command_of(name: str, args: argparse.Namespace, port: int) -> tuple[list[str
 
 
 @contextlib.contextmanager
-def running(command: list[str], url: str, log: Path, threads: int) -> Iterator[psutil.Process]:
+def running(command: list[str], url: str, log: Path, threads: int) -> Iterator[int]:
     """Run a server as long as the block takes."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     with log.open("w") as file, subprocess.Popen(command, env=env, stdout=file, stderr=file) as it:
@@ -77,16 +76,9 @@ def running(command: list[str], url: str, log: Path, threads: int) -> Iterator[p
                         break
                 assert it.poll() is None, f"the server has ended, see {log}"
                 time.sleep(0.1)
-            yield psutil.Process(it.pid)
+            yield it.pid
         finally:
             it.terminate()
-
-
-def peak_mb(process: psutil.Process) -> float:
-    """Return the highest resident memory of a server and its children."""
-    found = [process, *process.children(recursive=True)]
-    texts = [Path(f"/proc/{one.pid}/status").read_text() for one in found]
-    return sum(int(text.split("VmHWM:")[1].split()[0]) for text in texts) / 1024
 
 
 async def ask(
@@ -148,14 +140,15 @@ def main() -> None:
             port = free.getsockname()[1]
         url, (command, body) = f"http://127.0.0.1:{port}", command_of(name, args, port)
         log = Path(tempfile.gettempdir(), f"serve-{name}.log")
-        with running(command, url, log, args.threads) as process:
+        with running(command, url, log, args.threads) as pid:
             found, texts = rows[name] = asyncio.run(measure(url, body, args))
             same = sum(a == b for a, b in zip(texts, rows["minillm"][1], strict=True))
+            peak = Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]
             numbers = " | ".join(f"{number:.2f}" for number in found)
-            print(f"| {name} | {numbers} | {peak_mb(process):.0f} | {same} |", flush=True)
-    for name in list(rows)[1:]:
-        one, all_ = (rows["minillm"][0][place] / rows[name][0][place] for place in (0, 1))
-        print(f"\nminillm / {name}: {one:.2f} alone, {all_:.2f} at {args.clients} clients")
+            print(f"| {name} | {numbers} | {int(peak) // 1024} | {same} |", flush=True)
+    for name, (found, _) in list(rows.items())[1:]:
+        ratios = [f"{rows['minillm'][0][place] / found[place]:.2f}" for place in (0, 1)]
+        print(f"\nminillm / {name}: {ratios[0]} alone, {ratios[1]} together")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"\n{vars(args)}, {describe(torch.device('cpu'))}, {versions}, {datetime.date.today()}")
 
