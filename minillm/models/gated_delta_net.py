@@ -45,9 +45,9 @@ class GatedDeltaNet(nn.Module):
     @property
     def state_bytes(self) -> int:
         """What a sequence keeps here: the last inputs of the convolution, and the fp32 memory."""
-        channels, _, width = self.conv1d.weight.shape
-        memory = self.num_v_heads * self.head_k_dim * self.head_v_dim * torch.float32.itemsize
-        return channels * width * self.conv1d.weight.dtype.itemsize + memory
+        inputs = self.conv1d.weight.nbytes
+        memory: int = self.num_v_heads * self.head_k_dim * self.head_v_dim * torch.float32.itemsize
+        return inputs + memory
 
     def extra_flops(self, seq_len: int) -> dict[str, float]:
         """FLOPs of a token in training that no parameter stands for, forward and backward.

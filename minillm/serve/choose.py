@@ -1,5 +1,6 @@
 """From logits to the tokens of one answer, with its own settings; wrong guesses end it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,11 +30,22 @@ class Chooser:
         self.params = params
         self.ends = frozenset((*eos, *params.stop_ids))
         self._make = prompt, vocab_size, tuple(eos)
+        self._num_chosen, self._ends = 0, [end for end in self.ends if end < vocab_size]
         self._sampler: Sampler | None = None
         p = params
-        is_as_it_is = not (p.has_penalty or p.logit_bias or p.min_tokens or p.constraint)
+        is_as_it_is = not (p.has_penalty or p.logit_bias or p.constraint)
         self.is_plain = p.is_greedy and is_as_it_is
-        """The likeliest token is taken, whatever came before."""
+        """The likeliest token is taken, of all or of those that do not end the answer too soon."""
+
+    @torch.inference_mode()
+    def allow(self, logits_NV: Tensor) -> Tensor:
+        """Return the logits, without the ends that would come too soon, if `is_plain`."""
+        too_soon = self.params.min_tokens - self._num_chosen
+        if too_soon <= 0:
+            return logits_NV
+        logits_NV = logits_NV.clone()
+        logits_NV[:too_soon, self._ends] = -math.inf
+        return logits_NV
 
     def choose(self, logits_NV: Tensor, drafts: Sequence[int], best: Sequence[int]) -> Chosen:
         """Choose until a token is not the draft of its place.
@@ -41,13 +53,14 @@ class Chooser:
         Args:
             logits_NV: Row n is for the place after n drafts.
             drafts: N - 1 guesses.
-            best: The likeliest token of each row, if `is_plain`.
+            best: The likeliest token of each row that `allow` has left, if `is_plain`.
         """
         chosen = Chosen()
         num_top = self.params.logprobs
         for number, logits_V in enumerate(logits_NV):
             token = best[number] if self.is_plain else self._draw(logits_V)
             chosen.tokens.append(token)
+            self._num_chosen += 1
             if num_top is not None:
                 chosen.logprobs += measure_tokens(logits_V[None], [token], num_top)
             chosen.is_end = token in self.ends

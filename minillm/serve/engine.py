@@ -293,8 +293,8 @@ class Engine(Generator):
     ) -> list[Chosen | Exception]:
         """Choose each one's tokens; what fails is its own."""
         choosers: list[Chooser] = [one.request.chooser for one in sequences]
-        plain = [rows for rows, its in zip(logits, choosers, strict=True) if its.is_plain]
-        best = iter(likeliest(plain))
+        pairs = zip(logits, choosers, strict=True)
+        best = iter(likeliest([its.allow(rows) for rows, its in pairs if its.is_plain]))
         chosen: list[Chosen | Exception] = []
         for one, rows, its in zip(sequences, logits, choosers, strict=True):
             likely = next(best) if its.is_plain else ()
@@ -345,8 +345,9 @@ class Engine(Generator):
             chosen = Chosen()
             if end == len(tokens) and request.num_left:
                 rows = logits[-1:]
-                likely = likeliest([rows])[0] if request.chooser.is_plain else ()
-                chosen = request.chooser.choose(rows, (), likely)
+                its = request.chooser
+                likely = likeliest([its.allow(rows)])[0] if its.is_plain else ()
+                chosen = its.choose(rows, (), likely)
             if self.runner.uses_mtp:
                 nexts = [*tokens[chunk.start + 1 : end + 1], *chosen.tokens[:1]]
                 nexts += [0] * (chunk.length - len(nexts))

@@ -306,6 +306,9 @@ def test_everything_a_delta_carries_is_that_of_the_generator(generator: Generato
         SamplingParams(temperature=0, max_tokens=30, stop_ids=tuple(range(100, 200))),
         SamplingParams(temperature=0, max_tokens=30, repetition_penalty=1.3, min_tokens=30),
         SamplingParams(temperature=0, max_tokens=30, logit_bias={77: 100.0}),
+        SamplingParams(
+            temperature=0, max_tokens=30, min_tokens=20, stop_ids=tuple(range(0, 400, 2))
+        ),
     ]
     engine = engine_of(generator, speculate="ngram", prefill_chunk=5)
     prompt = [5, 9, 13, 40, 41, 7, 9, 13, 40, 41, 6]
