@@ -40,7 +40,7 @@ def documents_to_attend(module: Any, x_BTD: Tensor, places_BT: Tensor | None) ->
         return None
     if config._attn_implementation != "sdpa" or config.attention_dropout:
         return None
-    if torch.is_autocast_enabled("cpu") or torch._C._functorch.peek_interpreter_stack():
+    if torch.is_autocast_enabled("cpu"):
         return None
     batch, length = x_BTD.shape[:2]
     if places_BT is None:

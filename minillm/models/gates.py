@@ -32,7 +32,7 @@ def packed_swiglu(h_M2F: Tensor) -> Tensor:
 
 def _gate(gate: Tensor, up: Tensor, stride: int) -> Tensor:
     """Return `silu(gate) * up` of rows that begin every `stride` numbers."""
-    y, size = torch.empty(gate.shape), gate.shape[-1]
+    y, size = gate.new_empty(gate.shape), gate.shape[-1]
     rows = y.numel() // max(size, 1)
     call(kernels_for(gate).minillm_swiglu, gate, up, y, rows, size, stride)
     return y

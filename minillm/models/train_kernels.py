@@ -21,8 +21,8 @@ SOURCE = Path(__file__).with_name("train_kernels.cpp")
 
 def kernels_for(*tensors: Tensor) -> Any:
     """Return the library if it can take these tensors, else None."""
-    if torch.compiler.is_compiling():
-        return None
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack():
+        return None  # `torch.func` has its own rules of differentiation
     if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
         return None
     return load_kernels()
