@@ -201,14 +201,16 @@ def table(models: list[str], folder: Path, steps: int, turns: int, apart: bool) 
     print(f"| fp32, {what} | {heads} |")
     print("|" + 9 * "---|")
     where = f"{describe(cpu)} | torch {torch.__version__}, transformers {transformers.__version__}"
+    peaks = []
+    for _ in range(5):  # one may be disturbed
+        peak_flops.cache_clear()
+        peaks.append(peak_flops(cpu, torch.float32))
+    peak = max(peaks)
     for name in models:
         found: dict[str, list[tuple[float, int]]] = {way: [] for way in WAYS}
-        peak = 0.0
         for _ in range(turns):
             for way in WAYS:
                 found[way].append(measure(way, name, folder, steps, apart))
-            peak_flops.cache_clear()
-            peak = max(peak, peak_flops(cpu, torch.float32))
         rate = {way: max(r for r, _ in pairs) for way, pairs in found.items()}
         size = {way: min(b for _, b in pairs) / 1e6 for way, pairs in found.items()}
         mtp = {"num_nextn_predict_layers": 0} if "deepseek" in name else {}
