@@ -17,6 +17,7 @@ from minillm.serve.schema import (
     ChatRequest,
     Strict,
     TemplateOptions,
+    given_fields,
     parse,
     parse_plain,
     refuse,
@@ -131,13 +132,7 @@ def parse_response(body: Any) -> ResponseRequest:
     Raises:
         ApiError: 400 that names the first field at fault.
     """
-    if not isinstance(body, dict):
-        raise ApiError("the request body must be a JSON object", code="invalid_json")
-    given = {key: value for key, value in body.items() if value is not None}
-    for name in NEUTRAL.keys() & given.keys():
-        value = given.pop(name)
-        if not any(value == ok and type(value) is type(ok) for ok in NEUTRAL[name]):
-            raise unsupported(name, f"this server cannot honour `{short(value)}`")
+    given = given_fields(body, NEUTRAL)
     if isinstance(text := given.get("text"), dict):
         given["text"] = {key: value for key, value in text.items() if value is not None}
     return parse_plain(ResponseRequest, given)

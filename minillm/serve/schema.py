@@ -34,7 +34,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Known fields that this server cannot honour, with the values that ask for nothing."""
 
-_LAID_ASIDE = NO_EFFECT | NEUTRAL.keys()
 
 MAX_RUNS = 128
 """Answers that one request may ask for, over all prompts."""
@@ -291,22 +290,36 @@ def parse_plain(cls: type[P], body: Any) -> P:
     return request
 
 
+def given_fields(body: Any, neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Return the fields of a decoded JSON body that are not null, and not `neutral`.
+
+    Args:
+        body: The body.
+        neutral: Fields that change nothing at these values, and cannot be honoured at others.
+
+    Raises:
+        ApiError: The body is no object, or a field has another value than these.
+    """
+    if not isinstance(body, dict):
+        raise ApiError("the request body must be a JSON object", code="invalid_json")
+    given = {key: value for key, value in body.items() if value is not None}
+    for name in neutral.keys() & given.keys():
+        value = given.pop(name)
+        if not any(
+            value == ok and type(value) is type(ok) for ok in neutral[name]
+        ):  # 0 is no False
+            raise unsupported(name, f"this server cannot honour `{short(value)}`")
+    return given
+
+
 def parse(cls: type[R], body: Any) -> R:
     """Check a decoded JSON body.
 
     Raises:
         ApiError: 400 that names the first field at fault.
     """
-    if not isinstance(body, dict):
-        raise ApiError("the request body must be a JSON object", code="invalid_json")
-    given = {key: value for key, value in body.items() if value is not None}
-    for name in NEUTRAL.keys() & given.keys():
-        value = given[name]
-        if not any(
-            value == ok and type(value) is type(ok) for ok in NEUTRAL[name]
-        ):  # 0 is no False
-            raise unsupported(name, f"this server cannot honour `{short(value)}`")
-    known = {key: value for key, value in given.items() if key not in _LAID_ASIDE}
+    given = given_fields(body, NEUTRAL)
+    known = {key: value for key, value in given.items() if key not in NO_EFFECT}
     if isinstance(known.get("messages"), list):
         if len(known["messages"]) > MAX_TURNS:
             raise ApiError(f"`messages` has more than {MAX_TURNS} turns", param="messages")

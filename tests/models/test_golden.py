@@ -74,8 +74,6 @@ def test_losses_are_those_of_before(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_losses_with_kernels_begin_as_those_without(name: str) -> None:
-    if train_kernels.load_kernels() is None:
-        pytest.skip("no C++ compiler")
     assert pick(train(name, steps=5))[:2] == pytest.approx(GOLDEN[name][:2], rel=1e-4)
 
 
