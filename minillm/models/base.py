@@ -97,6 +97,11 @@ class MiniPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         register_lora_targets(config.model_type, self.lora_targets)
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Yes: attention follows the config. transformers looks for that in one file's source."""
+        return True
+
     official_fields: dict[str, Any] = {}
     """Config fields that both directions of conversion set, e.g. no layers that only ours has."""
 

@@ -114,7 +114,10 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def unechoed() -> Iterator[None]:
-    """Keep keys that are pressed meanwhile, `^C` above all, from being shown; where possible."""
+    """Keep keys that are pressed meanwhile, `^C` above all, from being shown; where possible.
+
+    And keep the terminal from dropping what it has not shown yet at Ctrl-C, which cuts characters.
+    """
     try:
         import termios
     except ImportError:  # Windows
@@ -127,7 +130,7 @@ def unechoed() -> Iterator[None]:
         yield
         return
     silent = before.copy()
-    silent[3] &= ~termios.ECHO
+    silent[3] = silent[3] & ~termios.ECHO | termios.NOFLSH
     termios.tcsetattr(handle, termios.TCSADRAIN, silent)
     try:
         yield

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from minillm import paths
 from minillm.cli.app import app
-from minillm.models import mini_llama3, registry
+from minillm.models import attention, mini_llama3, registry
 from minillm.models.verify import check_tokenizer, randomize, verify
 
 PLAIN = {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}
@@ -86,9 +86,9 @@ def test_a_cache_that_forgets_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_documents_that_see_each_other_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = mini_llama3.create_causal_mask
+    right = attention.create_causal_mask
     monkeypatch.setattr(
-        mini_llama3,
+        attention,
         "create_causal_mask",
         lambda **kwargs: right(**kwargs | {"position_ids": None}),
     )

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import minillm.models.moe  # noqa: F401 - its operation is counted
+from minillm.models import train_kernels
 from minillm.models.base import flop_parts
 from minillm.models.verify import randomize
 
@@ -393,8 +394,15 @@ class Gauntlet:
     # ------------------------------------------------------------------ compiling
 
     @INSIDE_TORCH
-    def test_training_compiles_once_for_all_documents(self, make: Make) -> None:
-        """Graph capture is what may break; `aot_eager` leaves out minutes of code generation."""
+    def test_training_compiles_once_for_all_documents(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Graph capture is what may break; `aot_eager` leaves out minutes of code generation.
+
+        Both by PyTorch's operations, which compiling always takes: a convolution's weights moved by
+        one rounding already change gradients of mini_qwen3_next here by 1e-5.
+        """
+        monkeypatch.setattr(train_kernels, "load_kernels", lambda: None)
         torch._dynamo.reset()
         plain, compiled = make().train(), make().train()
         counter = CompileCounterWithBackend("aot_eager")

@@ -11,7 +11,7 @@ from minillm.cli.app import app
 from minillm.data.manifest import Manifest
 from minillm.errors import ConfigError, InputError, RunError
 from minillm.log import Silent
-from minillm.models import registry
+from minillm.models import registry, train_kernels
 from minillm.models.summary import build_on_meta, load_config
 from minillm.settings import BatchConfig, OptimConfig, PlanConfig
 from minillm.train import probe as probe_module
@@ -88,8 +88,15 @@ def make_job(model: Any, length: int) -> Any:
     return job
 
 
-def test_activations_are_the_tensors_that_wait_for_the_backward_pass() -> None:
-    """Of `down(silu(gate(x)) * up(x))` wait: both inner products, silu, their product."""
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_activations_are_the_tensors_that_wait_for_the_backward_pass(
+    has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of `down(silu(gate(x)) * up(x))` wait: both inner products and their product; the silu too
+    where it is an operation of its own."""
+    if not has_kernels:
+        monkeypatch.setattr(train_kernels, "load_kernels", lambda: None)
+    inner = 3 if train_kernels.load_kernels() else 4
     from minillm.models.shared_expert import SwiGLU
 
     class Model(SwiGLU):
@@ -100,7 +107,7 @@ def test_activations_are_the_tensors_that_wait_for_the_backward_pass() -> None:
 
     model = Model(32, 64)
     # the input itself is kept as well, once, for both matrices
-    assert activation_bytes(make_job(model, 16)) == 4 * 16 * (32 + 4 * 64)
+    assert activation_bytes(make_job(model, 16)) == 4 * 16 * (32 + inner * 64)
 
 
 def test_probe_trains_and_chooses_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
