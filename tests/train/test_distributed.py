@@ -1,17 +1,25 @@
 """Two processes are one run: the losses of one, its errors, and a way back to one process."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from minillm.errors import ConfigError
 from minillm.files import sha256_file
+from minillm.settings import PretrainConfig
+from minillm.train.distributed import World
 from minillm.train.metrics import read_metrics
+from minillm.train.run_folder import check_alike
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 ARCHITECTURES = ("mini_llama3", "mini_deepseekv3", "mini_qwen3_next")
@@ -69,6 +77,35 @@ def test_bad_input_is_said_once(corpus: Path, tmp_path: Path) -> None:
     assert "5 rows cannot be split over 2" in done.stderr
 
 
+@dataclass(frozen=True)
+class TwoMachines(World):
+    """The second of them was started with other settings or data."""
+
+    size: int = 2
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, {**value, **self.other}]
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"seed": 1}, "`seed` than process 0: 1, not 0"),
+        (
+            {"data_sample": "b" * 64},
+            "`data_sample` than process 0: bbbbbbbbbbbb…, not aaaaaaaaaaaa…",
+        ),
+    ],
+)
+def test_machines_that_differ_are_refused(other: Mapping[str, Any], says: str) -> None:
+    facts = {"data_sample": "a" * 64}
+    check_alike(PretrainConfig(), facts, TwoMachines())
+    with pytest.raises(ConfigError, match="process 1 of 2 has another " + re.escape(says)):
+        check_alike(PretrainConfig(), facts, TwoMachines(other=other))
+
+
+@pytest.mark.slow
 def test_another_seed_on_another_machine_is_refused(corpus: Path, tmp_path: Path) -> None:
     words = command(corpus, tmp_path / "run", 2, "--model", "mini_llama3:nano")
     with socket.socket() as free:

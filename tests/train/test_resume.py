@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from minillm.cli.app import app
 from minillm.data.sft import prepare_sft
 from minillm.files import sha256_file
 from minillm.log import Silent
@@ -25,7 +27,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads that wait for each other
 
 def command(corpus: Path, run: Path) -> list[str]:
     words = (
-        f"pretrain --model mini_llama3:tiny --data {corpus}/tokens/text.bin --out {run} "
+        f"pretrain --model mini_llama3:nano --data {corpus}/tokens/text.bin --out {run} "
         f"--tokenizer {corpus}/tokenizer --steps {STEPS} --batch-tokens 256 --sequence-length 64 "
         "--micro-batch 2 --log-every 2 --eval-every 6 --save-every 5 --eval-tokens 128 "
         "--sample-tokens 4 --device cpu --precision fp32"
@@ -164,9 +166,8 @@ def test_a_half_written_checkpoint_is_never_taken(
     ("flag", "says"), [("--lr=0.5", "`optim.lr` was 0.0"), ("--seed=7", "`seed` was 0")]
 )
 def test_resume_refuses_a_change_that_would_break_it(whole: Path, flag: str, says: str) -> None:
-    again = [sys.executable, "-m", "minillm", "pretrain", "--resume", str(whole), flag]
-    done = subprocess.run(again, capture_output=True, text=True, check=False, env=ENV)
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["pretrain", "--resume", str(whole), flag])
+    assert done.exit_code == 2
     assert says in done.stderr
     assert "hint:" in done.stderr
 
