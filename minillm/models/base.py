@@ -93,6 +93,9 @@ class MiniPreTrainedModel(PreTrainedModel):
     lora_targets: Sequence[str] = ("q_proj", "v_proj")
     """Modules that LoRA adapts when the user names none."""
 
+    cache_dtype: torch.dtype | None = None
+    """What caches keep keys and values as; None: as the model computes them."""
+
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         register_lora_targets(config.model_type, self.lora_targets)
@@ -176,7 +179,10 @@ class MiniPreTrainedModel(PreTrainedModel):
         Memory for `max_len` tokens is reserved now; it grows if that is not enough.
         """
         heads, *sizes = self.cache_shape
-        layers: list[Any] = [ReservedLayer(max_len) for _ in range(self.config.num_hidden_layers)]
+        dtype = self.cache_dtype
+        layers: list[Any] = [
+            ReservedLayer(max_len, dtype) for _ in range(self.config.num_hidden_layers)
+        ]
         for layer in layers:
             layer.lazy_initialization(
                 *(

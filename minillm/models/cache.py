@@ -8,6 +8,7 @@ about it is a `DynamicLayer`: masks, cropping, beam search, resetting. The price
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -19,12 +20,14 @@ class ReservedLayer(DynamicLayer):
     values: Tensor
     _room: tuple[Tensor, Tensor]
 
-    def __init__(self, capacity: int = 256, **_: Any) -> None:
+    def __init__(self, capacity: int = 256, kept_as: torch.dtype | None = None, **_: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.kept_as = kept_as
         self.capacity = max(1, capacity)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Reserve memory for a batch like this one."""
+        key_states, value_states = self._round(key_states), self._round(value_states)
         super().lazy_initialization(key_states, value_states)
         self._room = self._allocate(key_states, value_states)
         self.keys, self.values = self._room[0][:, :, :0], self._room[1][:, :, :0]
@@ -35,15 +38,16 @@ class ReservedLayer(DynamicLayer):
         """Append keys and values; return all so far, as views."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
+        dtype, start = key_states.dtype, self.get_seq_length()
         end = start + key_states.shape[-2]
+        key_states, value_states = self._round(key_states), self._round(value_states)
         if not self._is_ours(key_states, start) or end > self._room[0].shape[2]:
             self._move(key_states, value_states, start, end)
         keys, values = self._room
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-        return self.keys, self.values
+        return self.keys.to(dtype), self.values.to(dtype)
 
     def extend(self, length: int) -> tuple[Tensor, Tensor]:
         """Make room for more tokens, and return all memory for the caller to write them to."""
@@ -54,6 +58,9 @@ class ReservedLayer(DynamicLayer):
         keys, values = self._room
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self._room
+
+    def _round(self, x: Tensor) -> Tensor:
+        return x if self.kept_as is None else x.to(self.kept_as)
 
     def _is_ours(self, key: Tensor, start: int) -> bool:
         """Tell whether the first `start` tokens lie in our memory, and `key` fits beside them.

@@ -61,31 +61,51 @@ static v8 exp(v8 x) {
 
 static v8 floats(i8 x) { return __builtin_convertvector(x, v8); }
 
+// what a group begins with
+template <int F> static void head(const uint8_t* w, v8* scale, v8* low) {
+  if (F >= INT8) for (int h = 0; h < 2; h++) scale[h] = halves(w + 16 * h);
+  if (F == INT4) for (int h = 0; h < 2; h++) low[h] = halves(w + 32 + 16 * h);
+}
+
+// the weights of 16 rows in one column
+template <int F>
+static void column(const uint8_t* p, const v8* scale, const v8* low, v8& a, v8& b) {
+  if (F == FP32) a = *(const v8*)p, b = *(const v8*)(p + 32);
+  if (F == FP16) a = halves(p), b = halves(p + 16);
+  if (F == INT8) a = floats(bytes<int8_t>(p)), b = floats(bytes<int8_t>(p + 8));
+  if (F == INT4) {
+    const i8 both = bytes<uint8_t>(p);
+    a = floats(both & 15), b = floats(both >> 4);
+  }
+  if (F == INT8) a *= scale[0], b *= scale[1];
+  if (F == INT4) a = a * scale[0] + low[0], b = b * scale[1] + low[1];
+}
+
+// a panel as fp32
+template <int F> static void unpack(const uint8_t* w, int64_t K, v8* to) {
+  v8 scale[2], low[2];
+  for (int64_t k = 0; k < K; k++, w += COLUMN_BYTES[F], to += 2) {
+    if (k % GROUP == 0) head<F>(w, scale, low), w += HEAD_BYTES[F];
+    column<F>(w, scale, low, to[0], to[1]);
+  }
+}
+
 // 16 rows times M vectors; y[m, r] (+)= sum over k of w[r, k] x[m, k]
 template <int F, int M>
 static void tile(const uint8_t* w, const float* x, int64_t K, float* y, int64_t N, int64_t rows,
-                 bool adds) {
+                 bool adds, const uint8_t* ahead, int64_t lines) {
   constexpr int U = M == 1 ? 4 : M == 2 ? 2 : 1;  // independent sums, to hide the adder's latency
   v8 sum[U][M][2] = {}, scale[2], low[2];
   for (int64_t start = 0; start < K; start += GROUP) {
     const int64_t end = std::min(K, start + GROUP);
-    if (F >= INT8) for (int h = 0; h < 2; h++) scale[h] = halves(w + 16 * h);
-    if (F == INT4) for (int h = 0; h < 2; h++) low[h] = halves(w + 32 + 16 * h);
+    head<F>(w, scale, low);
     w += HEAD_BYTES[F];
+    for (int64_t i = 0; i < lines; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     for (int64_t k = start; k < end; k += U, w += U * COLUMN_BYTES[F]) {
 #pragma GCC unroll 4
       for (int u = 0; u < U; u++) {
-        const uint8_t* p = w + u * COLUMN_BYTES[F];
         v8 a, b;
-        if (F == FP32) a = *(const v8*)p, b = *(const v8*)(p + 32);
-        if (F == FP16) a = halves(p), b = halves(p + 16);
-        if (F == INT8) a = floats(bytes<int8_t>(p)), b = floats(bytes<int8_t>(p + 8));
-        if (F == INT4) {
-          const i8 both = bytes<uint8_t>(p);
-          a = floats(both & 15), b = floats(both >> 4);
-        }
-        if (F == INT8) a *= scale[0], b *= scale[1];
-        if (F == INT4) a = a * scale[0] + low[0], b = b * scale[1] + low[1];
+        column<F>(w + u * COLUMN_BYTES[F], scale, low, a, b);
 #pragma GCC unroll 6
         for (int m = 0; m < M; m++) {
           const v8 value = x[m * K + k + u] - v8{};
@@ -101,7 +121,8 @@ static void tile(const uint8_t* w, const float* x, int64_t K, float* y, int64_t 
   }
 }
 
-using Tile = void (*)(const uint8_t*, const float*, int64_t, float*, int64_t, int64_t, bool);
+using Tile = void (*)(const uint8_t*, const float*, int64_t, float*, int64_t, int64_t, bool,
+                      const uint8_t*, int64_t);
 template <int F> struct Tiles {
   static constexpr Tile of[] = {tile<F, 1>, tile<F, 2>, tile<F, 3>, tile<F, 4>, tile<F, 5>,
                                 tile<F, 6>};
@@ -115,15 +136,26 @@ static void linear(const Matrix& w, const float* x, float* y, int64_t M, bool ad
   const int64_t panel = groups * HEAD_BYTES[w.kind] + K * COLUMN_BYTES[w.kind];
   const int64_t share = std::max<int64_t>(1, N / ROWS / (8 * omp_get_num_threads()));
   for (int64_t first = 0; first < M; first += 8 * TOKENS) {
-    const int64_t last = std::min(M, first + 8 * TOKENS);
+    const int64_t last = std::min(M, first + 8 * TOKENS), all = (last - first + TOKENS - 1) / TOKENS;
+    const int64_t lines = all > 1 ? (panel + 64 * groups * all - 1) / (64 * groups * all) : 0;
+    const bool unpacks = all > 1 && w.kind >= INT8;  // once for all, not for each tile
+    static thread_local std::vector<float> room;
+    if (unpacks && (int64_t)room.size() < ROWS * K) room.resize(ROWS * K);
 #pragma omp for schedule(dynamic, share) nowait
-    for (int64_t n = 0; n < N; n += ROWS)
-      for (int64_t m = first, parts = (last - first + TOKENS - 1) / TOKENS; m < last; parts--) {
+    for (int64_t n = 0; n < N; n += ROWS) {
+      const uint8_t *data = w.data + n / ROWS * panel, *ahead = data + panel;
+      if (unpacks) {
+        (w.kind == INT8 ? unpack<INT8> : unpack<INT4>)(data, K, (v8*)room.data());
+        data = (const uint8_t*)room.data();
+      }
+      for (int64_t m = first, parts = all; m < last; parts--) {
         const int64_t num = (last - m + parts - 1) / parts;
-        TILES[w.kind][num - 1](w.data + n / ROWS * panel, x + m * K, K, y + m * N + n, N,
-                               std::min(ROWS, N - n), adds);
+        TILES[unpacks ? FP32 : w.kind][num - 1](data, x + m * K, K, y + m * N + n, N,
+                                                std::min(ROWS, N - n), adds, ahead, lines);
+        ahead += lines * groups * 64;
         m += num;
       }
+    }
   }
 }
 
@@ -151,35 +183,107 @@ static float total(v8 x) {
   return x[0] + x[1];
 }
 
-// softmax(q k^T scale) v of one query head over S positions; K is a multiple of 8
-static void attend(const float* q, const float* keys, const float* values, int64_t S, int64_t K,
-                   float scale, float* out) {
-  static thread_local std::vector<float> score;
-  score.resize(S + 8);
-  float most = -INFINITY, *p = score.data();
-  for (int64_t s = 0; s < S; s += 4) {  // four at a time hide the adder's latency
-    v8 dot[4] = {};
-    const float* key[4];
-    for (int64_t n = 0; n < 4; n++) key[n] = keys + std::min(s + n, S - 1) * K;
-    for (int64_t i = 0; i < K; i += 8)
-      for (int64_t n = 0; n < 4; n++) dot[n] += *(const v8*)(q + i) * *(const v8*)(key[n] + i);
-    for (int64_t n = 0; n < 4; n++) most = std::max(most, p[s + n] = total(dot[n]) * scale);
+static v8 load(const float* p) { return *(const v8*)p; }
+static v8 load(const uint16_t* p) { return halves(p); }
+
+static void store(const float* from, float* to, int64_t K) { std::memcpy(to, from, 4 * K); }
+static void store(const float* from, uint16_t* to, int64_t K) {
+  for (int64_t i = 0; i < K; i += 8) {
+#ifdef __F16C__
+    _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph((__m256)load(from + i), 0));
+#else
+    typedef _Float16 h8 __attribute__((vector_size(16), aligned(2), may_alias));
+    *(h8*)(to + i) = __builtin_convertvector(load(from + i), h8);
+#endif
   }
-  for (int64_t s = S; s < S + 8; s++) p[s] = -INFINITY;
-  v8 sums = {};
-  for (int64_t s = 0; s < S; s += 8) sums += *(v8*)(p + s) = exp(*(v8*)(p + s) - most);
-  const float sum = total(sums);
-  for (int64_t i = 0; i < K; i += 64) {
-    v8 part[8] = {};
-    const int64_t parts = std::min<int64_t>(8, (K - i) / 8);
-    const float* value = values + i;
-    if (parts == 8) for (int64_t s = 0; s < S; s++, value += K)
+}
+
+// out[r, i:i + 8 N] = sum over s of p[r, s] values[s, i:i + 8 N]
+template <int R, int N, class T>
+static void mix(const float* p, int64_t room, const T* values, int64_t S, int64_t K, float* out) {
+  v8 sum[R][N] = {};
+  for (int64_t s = 0; s < S; s++, values += K)
 #pragma GCC unroll 8
-      for (int64_t n = 0; n < 8; n++) part[n] += p[s] * *(const v8*)(value + 8 * n);
-    else for (int64_t s = 0; s < S; s++, value += K)
-      for (int64_t n = 0; n < parts; n++) part[n] += p[s] * *(const v8*)(value + 8 * n);
-    for (int64_t n = 0; n < parts; n++) *(v8*)(out + i + 8 * n) = part[n] / sum;
+    for (int n = 0; n < N; n++) {
+      const v8 value = load(values + 8 * n);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sum[r][n] += p[r * room + s] * value;
+    }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) *(v8*)(out + r * K + 8 * n) = sum[r][n];
+}
+
+// softmax(q k^T scale) v of R query heads with the same keys, over S positions; K is a multiple of 8
+template <int R, class T>
+static void attend(const float* q, const T* keys, const T* values, int64_t S, int64_t K,
+                   float scale, float* out) {
+  constexpr int N = R < 2 ? 8 : R < 4 ? 4 : 2;  // keys at a time: independent sums, few loads
+  static thread_local std::vector<float> score;
+  const int64_t room = (S + 15) / 8 * 8;
+  if ((int64_t)score.size() < R * room) score.resize(2 * R * room);
+  float* p = score.data();
+  for (int64_t s = 0; s < S; s += N) {
+    v8 dot[N][R] = {};
+    const T* key[N];
+    for (int n = 0; n < N; n++) key[n] = keys + std::min(s + n, S - 1) * K;
+    for (int64_t i = 0; i < K; i += 8)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) {
+        const v8 part = load(key[n] + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) dot[n][r] += load(q + r * K + i) * part;
+      }
+    for (int n = 0; n < N; n++)
+      for (int r = 0; r < R; r++) p[r * room + s + n] = total(dot[n][r]) * scale;
   }
+  for (int r = 0; r < R; r++) {
+    float* row = p + r * room;
+    for (int64_t s = S; s < room; s++) row[s] = -INFINITY;
+    v8 top = load(row), sums = {};
+    for (int64_t s = 8; s < room; s += 8) top = load(row + s) > top ? load(row + s) : top;
+    float most = top[0];
+    for (int i = 1; i < 8; i++) most = std::max(most, top[i]);
+    for (int64_t s = 0; s < room; s += 8) sums += *(v8*)(row + s) = exp(load(row + s) - most);
+    const float share = 1 / total(sums);
+    for (int64_t s = 0; s < S; s += 8) *(v8*)(row + s) *= share;
+  }
+  constexpr int64_t WIDE = R < 4 ? 4 : 2;
+  int64_t i = 0;
+  for (; i + 8 * WIDE <= K; i += 8 * WIDE) mix<R, WIDE>(p, room, values + i, S, K, out + i);
+  for (; i < K; i += 8) mix<R, 1>(p, room, values + i, S, K, out + i);
+}
+
+template <class T> using Attend = void (*)(const float*, const T*, const T*, int64_t, int64_t, float,
+                                           float*);
+template <class T> constexpr Attend<T> ATTEND[] = {attend<1, T>, attend<2, T>, attend<3, T>,
+                                                   attend<4, T>};
+
+// Rotates q and k of M tokens, writes k and v to the caches, and attends to what is there.
+template <class T>
+static void attention(const Model& c, int64_t M, const int64_t* row, const int64_t* at, float* q,
+                      float* k, const float* v, const float* cos, const float* sin, T* keys,
+                      T* values, int64_t capacity, float* out) {
+  const int64_t H = c.heads, G = c.kv_heads, K = c.head_size, R = H / G;
+#pragma omp for collapse(2) schedule(static)
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t n = 0; n < H + G; n++) {
+      const int64_t g = n - H, place = ((row[m] * G + g) * capacity + at[m]) * K;
+      float* x = g < 0 ? q + (m * H + n) * K : k + (m * G + g) * K;
+      rotate(x, cos + m * K, sin + m * K, x, K);
+      if (g < 0) continue;
+      store(x, keys + place, K);
+      store(v + (m * G + g) * K, values + place, K);
+    }
+#pragma omp for collapse(2) schedule(dynamic, std::max<int64_t>(1, M / 8))
+  for (int64_t g = 0; g < G; g++)  // tokens of one prompt read the same keys
+    for (int64_t m = 0; m < M; m++) {
+      const int64_t start = (row[m] * G + g) * capacity * K;
+      for (int64_t r = 0; r < R; r += 4) {
+        const int64_t first = (m * H + g * R + r) * K;
+        ATTEND<T>[std::min<int64_t>(4, R - r) - 1](q + first, keys + start, values + start,
+                                                   at[m] + 1, K, c.scale, out + first);
+      }
+    }
 }
 
 extern "C" void minillm_linear(const Matrix* w, const float* x, float* y, int64_t M, int threads) {
@@ -188,11 +292,11 @@ extern "C" void minillm_linear(const Matrix* w, const float* x, float* y, int64_
 }
 
 // M tokens, each at position `at[m]` of cache row `row[m]`. Caches are (rows, G, capacity, K), one
-// pair for each layer; `x` holds the embeddings and is overwritten; `logits` are of the last `kept`.
+// pair for each layer, of fp16 or fp32; `x` holds the embeddings and is overwritten; `logits` are of the last `kept`.
 extern "C" void minillm_llama(const Model* model, int64_t M, int64_t kept, const int64_t* row,
                               const int64_t* at, float* x, const float* cos, const float* sin,
-                              float* const* caches, int64_t capacity, float* room, float* logits,
-                              int threads) {
+                              void* const* caches, int64_t capacity, int64_t halves, float* room,
+                              float* logits, int threads) {
   const Model& c = *model;
   const int64_t D = c.size, F = c.inner, H = c.heads, G = c.kv_heads, K = c.head_size;
   float *h = room, *q = h + M * D, *k = q + M * H * K, *v = k + M * G * K, *a = v + M * G * K,
@@ -201,26 +305,15 @@ extern "C" void minillm_llama(const Model* model, int64_t M, int64_t kept, const
   {
     for (int64_t l = 0; l < c.num_layers; l++) {
       const Layer& w = c.layers[l];
-      float *keys = caches[2 * l], *values = caches[2 * l + 1];
       rms_norm(x, w.norm_in, h, M, D, c.eps);
       linear(w.q, h, q, M), linear(w.k, h, k, M), linear(w.v, h, v, M);
 #pragma omp barrier
-#pragma omp for collapse(2) schedule(static)
-      for (int64_t m = 0; m < M; m++)
-        for (int64_t n = 0; n < H + G; n++) {
-          const float *cosine = cos + m * K, *sine = sin + m * K;
-          const int64_t g = n - H, place = ((row[m] * G + g) * capacity + at[m]) * K;
-          if (g < 0) { rotate(q + (m * H + n) * K, cosine, sine, q + (m * H + n) * K, K); continue; }
-          rotate(k + (m * G + g) * K, cosine, sine, keys + place, K);
-          std::memcpy(values + place, v + (m * G + g) * K, K * sizeof(float));
-        }
-#pragma omp for collapse(2) schedule(dynamic, H / G)
-      for (int64_t m = 0; m < M; m++)
-        for (int64_t n = 0; n < H; n++) {
-          const int64_t start = (row[m] * G + n / (H / G)) * capacity * K;
-          attend(q + (m * H + n) * K, keys + start, values + start, at[m] + 1, K, c.scale,
-                 a + (m * H + n) * K);
-        }
+      if (halves)
+        attention(c, M, row, at, q, k, v, cos, sin, (uint16_t*)caches[2 * l],
+                  (uint16_t*)caches[2 * l + 1], capacity, a);
+      else
+        attention(c, M, row, at, q, k, v, cos, sin, (float*)caches[2 * l],
+                  (float*)caches[2 * l + 1], capacity, a);
       linear(w.o, a, x, M, true);
 #pragma omp barrier
       rms_norm(x, w.norm_post, h, M, D, c.eps);

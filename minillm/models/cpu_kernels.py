@@ -31,6 +31,6 @@ def load_kernels() -> Any:
         return None
     library.minillm_linear.argtypes = [_Pointer] * 3 + [_Int, ctypes.c_int]
     library.minillm_llama.argtypes = (
-        [_Pointer, _Int, _Int] + [_Pointer] * 6 + [_Int, _Pointer, _Pointer, ctypes.c_int]
+        [_Pointer, _Int, _Int] + [_Pointer] * 6 + [_Int] * 2 + [_Pointer] * 2 + [ctypes.c_int]
     )
     return library

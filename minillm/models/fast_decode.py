@@ -69,41 +69,43 @@ class LlamaStep:
             config.rms_norm_eps, config.head_dim**-0.5,
         )  # fmt: skip
         heads, inner = config.num_attention_heads + config.num_key_value_heads, sizes[2]
+        if model.lm_head.kind != "none":
+            model.cache_dtype = torch.float16
         self._room_size = config.hidden_size + 2 * heads * config.head_dim + 2 * inner
 
     @torch.inference_mode()
     def __call__(self, **kwargs: Any) -> Tensor:
         """Return logits `(B, kept, V)`; the arguments are those of the model."""
-        ids_BT, kept = kwargs["input_ids"], kwargs.get("logits_to_keep", 0)
-        found = self._places(kwargs, *ids_BT.shape) if kept == 1 else None
+        ids_BT = kwargs["input_ids"]
+        kept = kwargs.get("logits_to_keep", 0) or ids_BT.shape[1]
+        is_whole = len(ids_BT) == 1 or kept == ids_BT.shape[1]
+        found = self._places(kwargs, *ids_BT.shape) if is_whole else None
         if found is None:
             return _logits(self.model, kwargs)
         row_M, at_M, caches = found
         x_MD = self.model.model.embed_tokens(ids_BT.flatten())
         rotary = self.model.model.rotary_emb(x_MD, position_ids=at_M[None])
         cos, sin = (table.contiguous() for table in rotary)
-        num_kept = len(ids_BT)  # rows of one token each, or the last token of one row
+        num_kept = len(ids_BT) * kept
         logits_MV = x_MD.new_empty(num_kept, self.model.lm_head.out_features)
         room = x_MD.new_empty(len(x_MD) * self._room_size)
         pointers = (_Pointer * len(caches))(*(part.data_ptr() for part in caches))
         load_kernels().minillm_llama(
             ctypes.byref(self._model), len(x_MD), num_kept, row_M.data_ptr(), at_M.data_ptr(),
             x_MD.data_ptr(), cos.data_ptr(), sin.data_ptr(), pointers,
-            caches[0].shape[2], room.data_ptr(), logits_MV.data_ptr(), torch.get_num_threads(),
+            caches[0].shape[2], caches[0].dtype == torch.float16, room.data_ptr(),
+            logits_MV.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        logits_B1V: Tensor = logits_MV.unsqueeze(1)
-        return logits_B1V
+        logits_BTV: Tensor = logits_MV.view(len(ids_BT), kept, -1)
+        return logits_BTV
 
     def _places(
         self, kwargs: dict[str, Any], batch: int, length: int
     ) -> tuple[Tensor, Tensor, list[Tensor]] | None:
-        """Return cache row and position of each token, and the caches; None: not for the kernel.
-
-        Either one token for each of several rows, or several tokens of one row.
-        """
+        """Return cache row and position of each token, and the caches; None: not for the kernel."""
         cache: Any = kwargs.get("past_key_values")
         layers: list[Any] = getattr(cache, "layers", [])[: len(self._layers)]
-        if (batch > 1 and length > 1) or not layers:
+        if not layers:
             return None
         if isinstance(cache, SlotCache):
             if not all(layer.is_initialized for layer in layers):

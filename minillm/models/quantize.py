@@ -2,12 +2,15 @@
 
 Decoding reads every weight once for each token, so bytes are time. int8 and int4 round groups of
 32 weights of a row to 255 or 16 even steps (as GGUF's q8_0 and q4_1 do, 8.5 and 5 bits a weight);
-sums are fp32. Embeddings, norms, routers and experts stay as they are.
+sums are fp32. Embeddings, norms, routers and experts stay as they are. Beside fewer bits the caches
+of a Llama keep keys and values as fp16.
 
 N rows · K columns · P panels of 16 rows · G groups of 32 columns
 """
 
+import contextlib
 import ctypes
+import mmap
 from typing import Any, Literal
 
 import torch
@@ -21,6 +24,8 @@ Kind = Literal["none", "fp16", "int8", "int4"]
 KINDS = {"none": 0, "fp16": 1, "int8": 2, "int4": 3}
 COLUMN_BYTES = (64, 32, 16, 8)
 ROWS, GROUP = 16, 32
+CHUNK = 64 << 20
+"""Bytes taken from the system at a time."""
 KEPT = ("kv_b_proj", "shared_expert_gate")
 """Layers whose weight the model reads itself, or that are too small to matter."""
 
@@ -30,10 +35,11 @@ class PackedLinear(nn.Module):
 
     packed: Tensor
 
-    def __init__(self, linear: nn.Linear, kind: Kind) -> None:
+    def __init__(self, linear: nn.Linear, kind: Kind, arena: "Arena | None" = None) -> None:
         super().__init__()
         self.out_features, self.in_features, self.kind = (*linear.weight.shape, kind)
-        self.register_buffer("packed", pack(linear.weight.detach().float(), kind), persistent=False)
+        packed = pack(linear.weight.detach().float(), kind)
+        self.register_buffer("packed", arena.keep(packed) if arena else packed, persistent=False)
         self.bias = linear.bias
         self.matrix = Matrix(self.packed.data_ptr(), *linear.weight.shape, KINDS[kind])
 
@@ -63,6 +69,30 @@ def pack(weight_NK: Tensor, kind: Kind) -> Tensor:
     pieces = [part.view(torch.uint8).flatten(2) for part in (*heads, codes.contiguous())]
     packed_PB = torch.cat(pieces, dim=-1).flatten(1)
     return packed_PB[:, : packed_PB.shape[1] - missing * COLUMN_BYTES[KINDS[kind]]].contiguous()
+
+
+class Arena:
+    """Memory for packed weights, in pages of 2 MiB where the system has them.
+
+    Reading it once for each token is what decoding on a CPU waits for; small pages cost up to a
+    fifth of the bandwidth (docs/log.md).
+    """
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def keep(self, packed: Tensor) -> Tensor:
+        """Return a copy of some bytes in this memory; the bytes themselves if there is none."""
+        if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
+            return packed
+        size = packed.nbytes
+        if size > len(self._free):
+            room = mmap.mmap(-1, max(size, CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a kernel without them: small pages
+                room.madvise(mmap.MADV_HUGEPAGE)
+            self._free = torch.frombuffer(room, dtype=torch.uint8)
+        kept, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
+        return kept.copy_(packed.flatten()).view_as(packed)
 
 
 def rounded(weight_NK: Tensor, kind: Kind) -> Tensor:
@@ -111,13 +141,14 @@ def quantize_model(model: Any, kind: Kind) -> Any:
     if kind == "none" and model.dtype != torch.float32:
         return model
     model = model.float()  # what stays: embeddings, norms
+    arena = Arena()
     has_kernels = load_kernels() is not None
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is not nn.Linear or name in KEPT or child.in_features % 4:
                 continue
             if has_kernels:
-                setattr(parent, name, PackedLinear(child, kind))
+                setattr(parent, name, PackedLinear(child, kind, arena))
             elif kind != "none":  # a new parameter: a tied head must not change the embedding
                 made = rounded(child.weight.detach(), kind).to(child.weight.dtype)
                 child.weight = nn.Parameter(made, requires_grad=False)

@@ -53,14 +53,21 @@ class SlotLayer(CacheLayerMixin):
     is_sliding = False
     room: tuple[Tensor, Tensor]
 
-    def __init__(self, place: Place, num_slots: int, capacity: int) -> None:
+    def __init__(
+        self, place: Place, num_slots: int, capacity: int, dtype: torch.dtype | None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype = dtype
         self.place, self.num_slots, self.capacity = place, num_slots, capacity
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take memory for heads like these."""
         keys, values = (
-            zeros((self.num_slots, x.shape[1], self.capacity, x.shape[3]), x.dtype, x.device)
+            zeros(
+                (self.num_slots, x.shape[1], self.capacity, x.shape[3]),
+                self.dtype or x.dtype,
+                x.device,
+            )
             for x in (key_states, value_states)
         )
         self.room, self.is_initialized = (keys, values), True
@@ -81,7 +88,8 @@ class SlotLayer(CacheLayerMixin):
             at = rows_B1, slice(None), positions_BT
             keys[at] = key_states.transpose(1, 2)
             values[at] = value_states.transpose(1, 2)
-        return keys[place.rows, :, : place.length], values[place.rows, :, : place.length]
+        seen = place.rows, slice(None), slice(place.length)
+        return keys[seen].to(key_states.dtype), values[seen].to(value_states.dtype)
 
     def get_seq_length(self) -> int:
         """Tokens before, for the model to make its mask."""
@@ -164,7 +172,7 @@ class SlotCache(Cache):
         layers: list[Any] = [
             SlotStateLayer(self.place, num_slots)
             if is_linear
-            else SlotLayer(self.place, num_slots, capacity)
+            else SlotLayer(self.place, num_slots, capacity, getattr(model, "cache_dtype", None))
             for is_linear in linear + [False] * num_extra
         ]
         super().__init__(layers=layers)
@@ -176,26 +184,24 @@ class SlotCache(Cache):
         assert isinstance(layer, SlotStateLayer)
         return layer.state_room[self.place.rows] if layer.has_memory else None
 
-    def begin_batch(self, lengths: Sequence[int], num_new: int, *, round_to: int = 1) -> Any:
+    def begin_batch(self, lengths: Sequence[int], num_new: int) -> Any:
         """Say that the next call is about `num_new` tokens of each of the first slots.
 
         Args:
             lengths: Tokens that each has before.
             num_new: T.
-            round_to: Let S be a multiple of this, and always give a mask.
 
         Returns:
             `position_ids` `(B, T)`, and the mask `(B, 1, T, S)`, true where a query sees a key; or
             None where a query sees all.
         """
         place, device = self.place, self.device
-        longest = max(lengths) + num_new
         place.rows, place.start = slice(0, len(lengths)), lengths[0]
-        place.length = min(-(-longest // round_to) * round_to, self.capacity)
+        place.length = max(lengths) + num_new
         positions_B1 = torch.tensor(lengths, device=device).unsqueeze(1)
         positions_BT = positions_B1 + torch.arange(num_new, device=device)
         place.at = torch.arange(len(lengths), device=device).unsqueeze(1), positions_BT
-        if round_to == 1 and min(lengths) == max(lengths):
+        if min(lengths) == max(lengths):
             place.at = None  # one piece: written by slices
             if num_new == 1:
                 return positions_BT, None

@@ -1,12 +1,10 @@
 """How large an engine's cache is, and the parts of an engine that fit a model."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import psutil
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm.errors import ConfigError
@@ -40,10 +38,6 @@ class EngineSettings:
     """How to guess tokens ahead."""
     speculate_up_to: int = 2
     """Guess only while at most so many answers run: with more, guesses cost what they save."""
-    decode: Callable[..., Tensor] | None = None
-    """A faster step of one token each; see `Runner`."""
-    round_to: int = 1
-    """For `decode`: let the number of keys be a multiple of this."""
 
 
 @dataclass(slots=True)
@@ -110,8 +104,6 @@ def fit(model: PreTrainedModel, settings: EngineSettings) -> tuple[Runner, Sched
         max_tokens=min(context, given * size) if settings.cache_tokens else context,
         uses_mtp=settings.speculate == "mtp",
         block_size=size,
-        decode=settings.decode,
-        round_to=settings.round_to,
     )
     block_bytes = runner.cache.size_of_token() * size
     wanted = max(context, settings.max_running * context // 2) // size

@@ -8,22 +8,20 @@ and put back if one was wrong.
 B sequences · T tokens of each · D model · V vocabulary
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minillm.models.fast_decode import make_decode_step
 from minillm.models.slot_cache import SlotCache
 from minillm.serve.sequence import Chunk, Drop, Load, Move, Operation, Reset, Save, Swap
 from minillm.serve.sequence import Sequence as Answer
 
 MAX_DRAFTS = 8
 """Room behind the longest sequence for guesses."""
-
-DecodeStep = Callable[..., Tensor]
-"""Takes the arguments of a model's call; returns the logits of the last token, `(B, 1, V)`."""
 
 
 class Runner:
@@ -37,8 +35,6 @@ class Runner:
         max_tokens: int,
         uses_mtp: bool = False,
         block_size: int = 32,
-        decode: DecodeStep | None = None,
-        round_to: int = 1,
     ) -> None:
         """Reserve the cache and run the model once, which shows that they fit each other.
 
@@ -48,14 +44,11 @@ class Runner:
             max_tokens: Longest sequence.
             uses_mtp: Also guess with the model's block for the token after the next.
             block_size: Tokens of a block that is saved and loaded.
-            decode: Does the step of one token each instead of the model itself, and, with
-                `round_to` 1, the chunks of prompts.
-            round_to: For `decode`: lengths are multiples of this, and there is always a mask.
         """
         self.model, self.uses_mtp = model, uses_mtp
-        self.block_size, self._round_to = block_size, round_to
+        self.block_size = block_size
         # guesses need the hidden states, which only the model itself gives
-        self._decode = self._call_model if uses_mtp or decode is None else decode
+        self._call = self._call_model if uses_mtp else make_decode_step(model)
         self.device = model.device
         self.cache = SlotCache(model, num_slots, max_tokens + MAX_DRAFTS, int(uses_mtp))
         self._kept: dict[int, tuple[list[Tensor], list[Tensor] | None]] = {}
@@ -131,12 +124,8 @@ class Runner:
                 for one, feed in zip(answers, feeds, strict=True)
             ]
         padded = [feed + feed[-1:] * (longest - len(feed)) for feed in feeds]
-        is_single = longest == 1
-        positions_BT, mask = self.cache.begin_batch(
-            lengths, longest, round_to=self._round_to if is_single else 1
-        )
-        call = self._decode if is_single else self._call_model
-        logits_BTV = call(
+        positions_BT, mask = self.cache.begin_batch(lengths, longest)
+        logits_BTV = self._call(
             input_ids=torch.tensor(padded, device=self.device),
             position_ids=positions_BT,
             attention_mask=mask,
@@ -157,8 +146,7 @@ class Runner:
         return self._chunk(one.slot, chunk.start, tokens, 0 if wants_all else 1)[0]
 
     def _chunk(self, slot: int, start: int, tokens: Sequence[int], num_logits: int) -> Tensor:
-        call = self._decode if num_logits == 1 and self._round_to == 1 else self._call_model
-        return call(
+        return self._call(
             position_ids=self.cache.begin_chunk(slot, start, len(tokens)),
             input_ids=torch.tensor([tokens], device=self.device),
             attention_mask=None,
@@ -168,10 +156,7 @@ class Runner:
         )
 
     def _call_model(self, **inputs: Any) -> Tensor:
-        if not self.uses_mtp:
-            logits_BTV: Tensor = self.model(**inputs).logits
-            return logits_BTV
-        # the block for further tokens goes on from the hidden states
+        """Keep the hidden states: the block for further tokens goes on from them."""
         num = inputs.pop("logits_to_keep")
         causal: Any = self.model
         self._hidden = causal.model(**inputs).last_hidden_state

@@ -2,10 +2,12 @@
 
 import asyncio
 import errno
+import gc
 import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -14,7 +16,6 @@ from fastapi import FastAPI
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from minillm.errors import ConfigError, SetupError
-from minillm.models.fast_decode import make_decode_step
 from minillm.models.generator import Generator
 from minillm.serve.access import Door, read_keys
 from minillm.serve.engine import Engine
@@ -26,6 +27,9 @@ from minillm.serve.sampling_choice import Defaults
 from minillm.serve.source import find_source, load, short_name
 from minillm.serve.worker import Worker
 from minillm.settings import ServeConfig
+
+SWITCH_S = 1e-4
+"""How long a Python thread may go on while the engine's thread waits to begin its next step."""
 
 LAST_WORDS_S = 3
 """How long a client may take to read that its answer was cut short."""
@@ -70,6 +74,9 @@ def run_server(config: ServeConfig, announce: Callable[[str], None]) -> None:
             timeout_s=config.request_timeout,
         )
         server = Server(app, config.drain_s, worker.abort_all)
+        gc.collect()
+        gc.freeze()  # models and libraries: the collector need not walk them between tokens
+        sys.setswitchinterval(SWITCH_S)
         try:
             server.run_on(sock, ready=lambda: welcome(config, name, sock, announce))
         finally:
@@ -95,7 +102,6 @@ def make_backend(
             cache_tokens=config.cache_tokens,
             prefill_chunk=config.prefill_chunk,
             speculate=config.speculate,
-            decode=make_decode_step(model) if model.device.type == "cpu" else None,
         )
         engine = Engine(model, tokenizer, settings)
         return EngineBackend(engine, max_waiting=config.max_waiting)

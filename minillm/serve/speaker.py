@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from minillm.errors import ConfigError
-from minillm.models.fast_decode import make_decode_step
 from minillm.models.generator import Generator
 from minillm.models.sampling import SamplingParams
 from minillm.serve.backend import TokenSource
@@ -87,5 +86,4 @@ def make_source(config: ChatConfig, model: Any, tokenizer: Any) -> TokenSource:
             "`--backend engine` cannot run this model: it has layers that the engine does not know",
             hint="leave `--backend` out",
         )
-    decode = make_decode_step(model) if model.device.type == "cpu" else None
-    return Engine(model, tokenizer, EngineSettings(max_running=1, decode=decode))
+    return Engine(model, tokenizer, EngineSettings(max_running=1))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from minillm.errors import ConfigError
 from minillm.models import cpu_kernels, quantize, registry
@@ -71,8 +72,15 @@ def test_a_step_gives_the_tokens_of_transformers(fields: dict[str, Any]) -> None
     assert greedy(step, model, prompt, 40)[0] == expected[0, 21:].tolist()
 
 
+class HalfCache(DynamicCache):
+    """Keys and values rounded to fp16 on their way in."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any) -> Any:
+        return super().update(key_states.half().float(), value_states.half().float(), *args)
+
+
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
-def test_a_quantized_step_is_a_model_with_rounded_weights(kind: Any) -> None:
+def test_a_quantized_step_is_a_model_with_rounded_weights_and_cache(kind: Any) -> None:
     reference, model = build("mini_llama3:tiny"), build("mini_llama3:tiny")
     reference.lm_head.weight = nn.Parameter(reference.lm_head.weight.detach().clone())
     for module in reference.modules():
@@ -83,7 +91,8 @@ def test_a_quantized_step_is_a_model_with_rounded_weights(kind: Any) -> None:
     found, logits = greedy(step, model, prompt, 12)
     with torch.inference_mode():
         ids = torch.cat((prompt, torch.tensor([found[:-1]])), dim=1)
-        expected = reference(ids).logits[:, -1:]
+        cache = HalfCache(config=reference.config)
+        expected = reference(ids, past_key_values=cache, use_cache=True).logits[:, -1:]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
