@@ -39,6 +39,7 @@ def run_job(
             outcome = train(job, progress, resume=resume)
             if world.is_main:
                 write_report(job)
+            world.share(None)  # torchrun ends the others as soon as one has ended
         except SetupError as error:  # a full disk, as a rule
             again = f"`minillm {job.stage} --resume {job.run}` continues the run"
             hint = (error.hint or again).replace(
