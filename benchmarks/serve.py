@@ -28,8 +28,8 @@ import transformers
 
 from minillm.device import describe
 
+LOGS = tempfile.gettempdir()
 WORDS = """the old town by the river has a long history and people still come to its market"""
-Answer = tuple[str, float, float]
 KINDS = {"none": ("float32", "f32"), "fp16": ("float16", "f16"), "int8": ("float32", "q8_0")}
 
 
@@ -81,11 +81,11 @@ def running(command: list[str], url: str, log: Path, threads: int) -> Iterator[i
             it.terminate()
 
 
-async def ask(client: httpx.AsyncClient, number: int, body: Any, args: Any) -> Answer:
+async def ask(client: httpx.AsyncClient, n: int, body: Any, args: Any) -> tuple[str, float, float]:
     """Return the answer, and the seconds to its first and from there to its last piece."""
-    count = 10 + number * 97 % (args.words - 9)
-    words = " ".join((WORDS.split() * args.words)[number % 17 :][:count])
-    text = f"{number}: {words}. Tell me more."
+    count = 10 + n * 97 % (args.words - 9)
+    words = " ".join((WORDS.split() * args.words)[n % 17 :][:count])
+    text = f"{n}: {words}. Tell me more."
     body = body | {"messages": [{"role": "user", "content": text}], "stream": True}
     answer, tokens, times, start = "", 0, [], time.perf_counter()
     async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
@@ -98,7 +98,8 @@ async def ask(client: httpx.AsyncClient, number: int, body: Any, args: Any) -> A
             if part.get("choices") and (piece := part["choices"][0]["delta"].get("content")):
                 answer += piece
                 times.append(time.perf_counter() - start)
-    assert (tokens, not answer.strip()) == (args.tokens, False), f"{tokens} tokens: {answer!r}"
+    assert answer.strip(), "an empty answer"
+    assert tokens == args.tokens, f"{tokens} tokens instead of {args.tokens}: {answer!r}"
     return answer, times[0], times[-1] - times[0]
 
 
@@ -134,8 +135,7 @@ def main() -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         url, (command, body) = f"http://127.0.0.1:{port}", command_of(name, args, port)
-        log = Path(tempfile.gettempdir(), f"serve-{name}.log")
-        with running(command, url, log, args.threads) as pid:
+        with running(command, url, Path(LOGS, f"serve-{name}.log"), args.threads) as pid:
             found, texts = asyncio.run(measure(url, body, args))
             peak = Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]
         ours = ours or (found, texts)

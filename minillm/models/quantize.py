@@ -30,12 +30,36 @@ KEPT = ("kv_b_proj", "shared_expert_gate")
 """Layers whose weight the model reads itself, or that are too small to matter."""
 
 
+class Arena:
+    """Memory for packed weights, in pages of 2 MiB where the system has them.
+
+    Reading it once for each token is what decoding on a CPU waits for; small pages cost up to a
+    fifth of the bandwidth (docs/log.md).
+    """
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def keep(self, packed: Tensor) -> Tensor:
+        """Return a copy of some bytes in this memory; the bytes themselves if there is none."""
+        if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
+            return packed
+        size = packed.nbytes
+        if size > len(self._free):
+            room = mmap.mmap(-1, max(size, CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a kernel without them: small pages
+                room.madvise(mmap.MADV_HUGEPAGE)
+            self._free = torch.frombuffer(room, dtype=torch.uint8)
+        kept, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
+        return kept.copy_(packed.flatten()).view_as(packed)
+
+
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference, with the layout of `cpu_kernels.cpp`."""
 
     packed: Tensor
 
-    def __init__(self, linear: nn.Linear, kind: Kind, arena: "Arena | None" = None) -> None:
+    def __init__(self, linear: nn.Linear, kind: Kind, arena: Arena | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features, self.kind = (*linear.weight.shape, kind)
         packed = pack(linear.weight.detach().float(), kind)
@@ -69,30 +93,6 @@ def pack(weight_NK: Tensor, kind: Kind) -> Tensor:
     pieces = [part.view(torch.uint8).flatten(2) for part in (*heads, codes.contiguous())]
     packed_PB = torch.cat(pieces, dim=-1).flatten(1)
     return packed_PB[:, : packed_PB.shape[1] - missing * COLUMN_BYTES[KINDS[kind]]].contiguous()
-
-
-class Arena:
-    """Memory for packed weights, in pages of 2 MiB where the system has them.
-
-    Reading it once for each token is what decoding on a CPU waits for; small pages cost up to a
-    fifth of the bandwidth (docs/log.md).
-    """
-
-    def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.uint8)
-
-    def keep(self, packed: Tensor) -> Tensor:
-        """Return a copy of some bytes in this memory; the bytes themselves if there is none."""
-        if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
-            return packed
-        size = packed.nbytes
-        if size > len(self._free):
-            room = mmap.mmap(-1, max(size, CHUNK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a kernel without them: small pages
-                room.madvise(mmap.MADV_HUGEPAGE)
-            self._free = torch.frombuffer(room, dtype=torch.uint8)
-        kept, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
-        return kept.copy_(packed.flatten()).view_as(packed)
 
 
 def rounded(weight_NK: Tensor, kind: Kind) -> Tensor:

@@ -120,6 +120,38 @@ def test_rows_of_a_slot_cache_decode_as_alone() -> None:
                        torch.stack(expected))  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["none", "fp16"])
+def test_all_logits_of_several_tokens_of_several_rows(kind: Any) -> None:
+    model = build("mini_llama3:tiny")
+    rows = [torch.randint(0, 300, (1, n)) for n in (13, 6)]
+    reference = build("mini_llama3:tiny")
+    reference.lm_head.weight = nn.Parameter(reference.lm_head.weight.detach().clone())
+    for module in reference.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = rounded(module.weight.data, kind)
+    caches = [HalfCache(config=reference.config) if kind == "fp16" else None for _ in rows]
+    with torch.inference_mode():
+        expected = [
+            reference(row, past_key_values=cache, use_cache=cache is not None).logits
+            for row, cache in zip(rows, caches, strict=True)
+        ]
+    step = make_decode_step(quantize_model(model, kind))
+    forward, cache = model.forward, SlotCache(model, 2, 32)
+    options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    for slot, row in enumerate(rows):
+        places = cache.begin_chunk(slot, 0, row.shape[1] - 3)
+        # the very first call makes the layers; after it there is no other way than the kernel
+        model.forward = forward if slot == 0 else None
+        found = step(input_ids=row[:, :-3], position_ids=places, attention_mask=None,
+                     logits_to_keep=0, **options)  # fmt: skip
+        torch.testing.assert_close(found, expected[slot][:, :-3], atol=1e-4, rtol=1e-4)
+    places, mask = cache.begin_batch([row.shape[1] - 3 for row in rows], 3)
+    found = step(input_ids=torch.cat([row[:, -3:] for row in rows]), position_ids=places,
+                 attention_mask=mask, logits_to_keep=3, **options)  # fmt: skip
+    ends = torch.cat([logits[:, -3:] for logits in expected])
+    torch.testing.assert_close(found, ends, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["mini_deepseekv3:tiny", "mini_qwen3_next:tiny"])
 def test_other_models_take_packed_layers(name: str) -> None:
     model = build(name)

@@ -1,8 +1,10 @@
 """A token file of a few kilobytes, made by the real commands' code."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from minillm.data.tokenize import tokenize
 from minillm.data.train_tokenizer import train_tokenizer
@@ -15,6 +17,15 @@ LINES = (
     "The quick brown fox jumps over the lazy dog.",
     "It was the best of times, it was the worst of times.",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Runs here are compared to the bit with runs in processes that have one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
