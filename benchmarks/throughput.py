@@ -5,16 +5,19 @@ Trainer  transformers' Trainer with the official class of the same shape
 plain    a hand-written eager loop around that class, with a Python loop over experts and the
          delta rule's triangular system solved row by row
 
-All have the same shape, tokens, rows, micro-batch, fp32 and fused AdamW; each runs in a process
-of its own, in turns, and the best of the turns counts. Evaluation, samples and checkpoints are
-outside the measured steps. Blocks for further tokens (MTP), which the official class does not
-have, are off. Both ways with experts add the balance loss that they know.
+All have the same shape, tokens, rows, micro-batch, precision and fused AdamW; each runs in a
+process of its own, in turns, and the best of the turns counts. With `--precision bf16` weights are
+fp32 and products bf16 in all three: the command's own way, `bf16=True` of Trainer, autocast.
+Evaluation, samples and checkpoints are outside the measured steps. Blocks for further tokens
+(MTP), which the official class does not have, are off. Both ways with experts add the balance loss
+that they know.
 
 Tokens are those of the tokenizer in the package (32,004 words). Rows are attended to as wholes,
 so that all compute the same; `--documents` keeps documents apart instead, as `minillm pretrain`
 does by default and the official classes do when positions restart.
 
-    python benchmarks/throughput.py [--steps 4] [--turns 1] [--documents] [--models NAME ...]
+    python benchmarks/throughput.py [--precision bf16] [--steps 4] [--turns 1] [--documents]
+        [--models NAME ...]
 
 Needs `pip install -e '.[bench]'`.
 """
@@ -27,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,17 @@ WAYS = ("ours", "trainer", "plain")
 SEPARATOR = 32_001  # <|im_end|>
 
 
-def run_ours(name: str, folder: Path, steps: int, apart: bool) -> tuple[float, int]:
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is the same in all ways."""
+
+    folder: Path
+    steps: int
+    apart: bool
+    precision: str
+
+
+def run_ours(name: str, it: Setting) -> tuple[float, int]:
     """Run the command in this process; return tokens/s and peak bytes from its own log."""
     import runpy
     from contextlib import suppress
@@ -46,11 +60,12 @@ def run_ours(name: str, folder: Path, steps: int, apart: bool) -> tuple[float, i
     mini_deepseekv3.PRESETS["small"]["num_nextn_predict_layers"] = 0  # type: ignore[index]
     with tempfile.TemporaryDirectory() as scratch:
         words = (
-            f"pretrain --model {name} --data {folder}/tokens/bundled.bin --out {scratch}/run "
-            f"--tokenizer bundled --steps {steps} --batch-tokens {LENGTH * ROWS} "
+            f"pretrain --model {name} --data {it.folder}/tokens/bundled.bin --out {scratch}/run "
+            f"--tokenizer bundled --steps {it.steps} --batch-tokens {LENGTH * ROWS} "
             f"--sequence-length {LENGTH} --micro-batch {MICRO} --optimizer adamw --log-every 1 "
-            f"--eval-tokens {LENGTH} --eval-every {steps} --sample-tokens 0 --precision fp32 "
-            f"--save-every {steps} --device cpu --{'' if apart else 'no-'}doc-mask"
+            f"--eval-tokens {LENGTH} --eval-every {it.steps} --sample-tokens 0 "
+            f"--precision {it.precision} --save-every {it.steps} --device cpu "
+            f"--{'' if it.apart else 'no-'}doc-mask"
         )
         sys.argv = ["minillm", *words.split()]
         with suppress(SystemExit):
@@ -58,10 +73,10 @@ def run_ours(name: str, folder: Path, steps: int, apart: bool) -> tuple[float, i
         lines = (Path(scratch) / "run/metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
     seconds = rows[-1]["seconds"] - rows[WARM_UP - 1]["seconds"]
-    return LENGTH * ROWS * (steps - WARM_UP) / seconds, rows[-1]["memory_bytes"]
+    return LENGTH * ROWS * (it.steps - WARM_UP) / seconds, rows[-1]["memory_bytes"]
 
 
-def official(name: str, folder: Path, steps: int) -> tuple[Any, list[Any]]:
+def official(name: str, it: Setting) -> tuple[Any, list[Any]]:
     """Return the official class in our shape, and the rows to train on."""
     import torch
 
@@ -69,7 +84,7 @@ def official(name: str, folder: Path, steps: int) -> tuple[Any, list[Any]]:
     from minillm.models import registry
     from minillm.models.base import official_config
 
-    tokens = TokenFile.open(folder / "tokens/bundled.bin")
+    tokens = TokenFile.open(it.folder / "tokens/bundled.bin")
     config = registry.build_config(name, vocab_size=tokens.manifest.vocab_size)
     kind = {"mini_llama3": "llama", "mini_deepseekv3": "deepseek_v3"}
     kind_name = kind.get(name.split(":")[0], "qwen3_next")
@@ -81,7 +96,7 @@ def official(name: str, folder: Path, steps: int) -> tuple[Any, list[Any]]:
     model = AutoModelForCausalLM.from_config(made)
     rows = [
         torch.from_numpy(tokens.tokens[i * LENGTH : (i + 1) * LENGTH].astype("int64"))
-        for i in range(steps * ROWS)
+        for i in range(it.steps * ROWS)
     ]
     return model, rows
 
@@ -97,11 +112,11 @@ def positions(ids: Any, apart: bool) -> dict[str, Any]:
     return {"position_ids": place - (place * after_end).cummax(-1).values}
 
 
-def run_trainer(name: str, folder: Path, steps: int, apart: bool) -> tuple[float, int]:
+def run_trainer(name: str, it: Setting) -> tuple[float, int]:
     """Train with transformers; return tokens/s and peak bytes."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    model, rows = official(name, folder, steps)
+    model, rows = official(name, it)
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -113,39 +128,42 @@ def run_trainer(name: str, folder: Path, steps: int, apart: bool) -> tuple[float
             output_dir=scratch,
             per_device_train_batch_size=MICRO,
             gradient_accumulation_steps=ROWS // MICRO,
-            max_steps=steps,
+            max_steps=it.steps,
             optim="adamw_torch_fused",
             learning_rate=1e-3,
             max_grad_norm=1.0,
             use_cpu=True,
+            bf16=it.precision == "bf16",
             save_strategy="no",
             report_to=[],
             logging_steps=1,
             disable_tqdm=True,
         )
-        data = [{"input_ids": row, "labels": row} | positions(row, apart) for row in rows]
+        data = [{"input_ids": row, "labels": row} | positions(row, it.apart) for row in rows]
         Trainer(model=model, args=settings, train_dataset=data, callbacks=[Clock()]).train()
     return _rate(times), _peak()
 
 
-def run_plain(name: str, folder: Path, steps: int, apart: bool) -> tuple[float, int]:
+def run_plain(name: str, it: Setting) -> tuple[float, int]:
     """Train with a loop as in a tutorial; return tokens/s and peak bytes."""
     import torch
     import torch.nn.functional as F  # noqa: N812
     from blocks import loop_over_experts, solving_by_rows
 
-    model, rows = official(name, folder, steps)
+    model, rows = official(name, it)
     for module in model.modules():
         if type(module).__name__.endswith("Experts"):
             module.forward = lambda x, i, w, m=module: loop_over_experts(m, x, i, w)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     times: list[float] = []
     with solving_by_rows():
-        for step in range(steps):
+        for step in range(it.steps):
             for at in range(step * ROWS, (step + 1) * ROWS, MICRO):
                 ids = torch.stack(rows[at : at + MICRO])
-                out = model(input_ids=ids, use_cache=False, **positions(ids, apart))
-                loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+                with torch.autocast("cpu", torch.bfloat16, enabled=it.precision == "bf16"):
+                    out = model(input_ids=ids, use_cache=False, **positions(ids, it.apart))
+                    logits = out.logits[:, :-1].flatten(0, 1).float()
+                    loss = F.cross_entropy(logits, ids[:, 1:].flatten())
                 if getattr(out, "aux_loss", None) is not None:
                     loss = loss + model.config.router_aux_loss_coef * out.aux_loss
                 (loss * MICRO / ROWS).backward()
@@ -168,10 +186,10 @@ def _peak() -> int:
     return peak_memory_bytes(torch.device("cpu"))
 
 
-def measure(way: str, name: str, folder: Path, steps: int, apart: bool) -> tuple[float, int]:
+def measure(way: str, name: str, it: Setting) -> tuple[float, int]:
     """Return tokens/s and peak bytes of a process of its own."""
-    words = ["--way", way, "--models", name, "--folder", str(folder), "--steps", str(steps)]
-    words += ["--documents"] * apart
+    words = ["--way", way, "--models", name, "--folder", str(it.folder), "--steps", str(it.steps)]
+    words += ["--precision", it.precision, *["--documents"] * it.apart]
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -185,32 +203,32 @@ def prepare(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "minillm", *words], check=True, capture_output=True)
 
 
-def table(models: list[str], folder: Path, steps: int, turns: int, apart: bool) -> None:
+def table(models: list[str], it: Setting, turns: int) -> None:
     """Measure in turns and print a Markdown table."""
     import torch
     import transformers
 
-    from minillm.device import describe, peak_flops
+    from minillm.device import describe, peak_flops, pick_dtype
     from minillm.models import registry
     from minillm.models.base import flops_per_token
 
     cpu = torch.device("cpu")
     heads = "tok/s: ours, Trainer, plain | of matmul peak | peak RSS, MB | ours / Trainer"
     heads += " | ours / plain | hardware | versions | date"
-    what = f"rows of {LENGTH}, micro-batch {MICRO}" + ", documents apart" * apart
-    print(f"| fp32, {what} | {heads} |")
+    what = f"rows of {LENGTH}, micro-batch {MICRO}" + ", documents apart" * it.apart
+    print(f"| {it.precision}, {what} | {heads} |")
     print("|" + 9 * "---|")
     where = f"{describe(cpu)} | torch {torch.__version__}, transformers {transformers.__version__}"
     peaks = []
     for _ in range(5):  # one may be disturbed
         peak_flops.cache_clear()
-        peaks.append(peak_flops(cpu, torch.float32))
+        peaks.append(peak_flops(cpu, pick_dtype(it.precision, cpu)))
     peak = max(peaks)
     for name in models:
         found: dict[str, list[tuple[float, int]]] = {way: [] for way in WAYS}
         for _ in range(turns):
             for way in WAYS:
-                found[way].append(measure(way, name, folder, steps, apart))
+                found[way].append(measure(way, name, it))
         rate = {way: max(r for r, _ in pairs) for way, pairs in found.items()}
         size = {way: min(b for _, b in pairs) / 1e6 for way, pairs in found.items()}
         mtp = {"num_nextn_predict_layers": 0} if "deepseek" in name else {}
@@ -236,18 +254,19 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--documents", action="store_true", help="keep documents apart")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
-    if args.way:
-        ways: dict[str, Callable[[str, Path, int, bool], tuple[float, int]]]
-        ways = {"ours": run_ours, "trainer": run_trainer, "plain": run_plain}
-        print(json.dumps(ways[args.way](args.models[0], args.folder, args.steps, args.documents)))
-        return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.folder or Path(scratch)
+        it = Setting(args.folder or Path(scratch), args.steps, args.documents, args.precision)
+        if args.way:
+            ways: dict[str, Callable[[str, Setting], tuple[float, int]]]
+            ways = {"ours": run_ours, "trainer": run_trainer, "plain": run_plain}
+            print(json.dumps(ways[args.way](args.models[0], it)))
+            return
         if not args.folder:
-            prepare(folder)
-        table(args.models, folder, args.steps, args.turns, args.documents)
+            prepare(it.folder)
+        table(args.models, it, args.turns)
 
 
 if __name__ == "__main__":

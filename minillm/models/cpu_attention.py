@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.models.train_kernels import call, kernels_for
+from minillm.models.train_kernels import compute_dtype, kernels_for, kernels_of
 
 BLOCK = 128
 """Queries of a block: more compute more of the future, fewer make small products."""
@@ -40,8 +40,6 @@ def documents_to_attend(module: Any, x_BTD: Tensor, places_BT: Tensor | None) ->
         return None
     if config._attn_implementation != "sdpa" or config.attention_dropout:
         return None
-    if torch.is_autocast_enabled("cpu"):
-        return None
     batch, length = x_BTD.shape[:2]
     if places_BT is None:
         return Documents((row, 0, length) for row in range(batch))
@@ -63,9 +61,10 @@ def attend_documents(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return `softmax(q k^T * scaling) v` within each document; arguments as `eager_attention`."""
-    out_BTHU: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-        *(x.transpose(1, 2) for x in (query, key, value)), scaling, attention_mask
-    )
+    dtype = compute_dtype(query)
+    given = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
+    with torch.autocast("cpu", enabled=False):
+        out_BTHU: Tensor = _Attention.apply(*given, scaling, attention_mask)  # type: ignore[no-untyped-call]
     return out_BTHU, None
 
 
@@ -76,20 +75,21 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         """Return the output; keep the log of each query's sum of weights."""
         batch, length, heads = q_BTHK.shape[:3]
-        ctx.kernels, ctx.scaling, ctx.docs = kernels_for(q_BTHK), scaling, docs
+        ctx.scaling, ctx.docs, kernels = scaling, docs, kernels_of(q_BTHK)
         out_BTHU = q_BTHK.new_empty(batch, length, heads, v_BTGU.shape[-1])
         log_sums = []
         for row, start, end in docs:
             q_HLK = _heads(q_BTHK[row, start:end]) * scaling
             k_HLK = _heads(k_BTGK[row, start:end], heads)
             v_HLU = _heads(v_BTGU[row, start:end], heads)
-            log_sum_HL = q_HLK.new_empty(q_HLK.shape[:2])
+            scores = _Scores(q_HLK, k_HLK)
+            log_sum_HL = torch.empty(q_HLK.shape[:2])
             for a, e in _query_blocks(end - start):
-                s_HCS = torch.bmm(q_HLK[:, a:e], k_HLK[:, :e].mT)
-                log_sum_HC, sum_HC = (q_HLK.new_empty(heads, e - a) for _ in range(2))
-                call(ctx.kernels.minillm_attend, s_HCS, *s_HCS.shape, a, log_sum_HC, sum_HC)
+                s_HCS, w_HCS = scores(a, e)
+                log_sum_HC, sum_HC = (torch.empty(heads, e - a) for _ in range(2))
+                kernels.attend(s_HCS, w_HCS, *s_HCS.shape, a, log_sum_HC, sum_HC)
                 log_sum_HL[:, a:e] = log_sum_HC
-                out_HCU = torch.bmm(s_HCS, v_HLU[:, :e]).div_(sum_HC.unsqueeze(-1))
+                out_HCU = torch.bmm(w_HCS, v_HLU[:, :e]).div_(sum_HC.unsqueeze(-1))
                 out_BTHU[row, start + a : start + e] = out_HCU.transpose(0, 1)
             log_sums.append(log_sum_HL)
         ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGU, out_BTHU, *log_sums)
@@ -100,24 +100,25 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, g_BTHU: Tensor) -> tuple[Tensor | None, ...]:
         """With p the weights: dv = p^T g, ds = p (g v^T - mean), dq = ds k, dk = ds^T q."""
         q_BTHK, k_BTGK, v_BTGU, out_BTHU, *log_sums = ctx.saved_tensors
+        kernels = kernels_of(q_BTHK)
         dq, dk, dv = (torch.empty_like(x) for x in (q_BTHK, k_BTGK, v_BTGU))
         heads = q_BTHK.shape[2]
-        mean_BTH = (g_BTHU * out_BTHU).sum(-1)
+        mean_BTH = (g_BTHU * out_BTHU).sum(-1, dtype=torch.float32)
         for (row, start, end), log_sum_HL in zip(ctx.docs, log_sums, strict=True):
             q_HLK = _heads(q_BTHK[row, start:end]) * ctx.scaling
             k_HLK = _heads(k_BTGK[row, start:end], heads)
             v_HLU = _heads(v_BTGU[row, start:end], heads)
             g_HLU = _heads(g_BTHU[row, start:end])
-            mean_HL = mean_BTH[row, start:end].T
-            dk_HLK, dv_HLU = torch.zeros_like(k_HLK), torch.zeros_like(v_HLU)
+            mean_HL, scores = mean_BTH[row, start:end].T, _Scores(q_HLK, k_HLK)
+            dk_HLK, dv_HLU = (torch.zeros_like(x, dtype=torch.float32) for x in (k_HLK, v_HLU))
             for a, e in _query_blocks(end - start):
                 g_HCU = g_HLU[:, a:e]
-                s_HCS = torch.bmm(q_HLK[:, a:e], k_HLK[:, :e].mT)
+                s_HCS, w_HCS = scores(a, e)
                 d_HCS = torch.bmm(g_HCU, v_HLU[:, :e].mT)
                 given = (log_sum_HL[:, a:e].contiguous(), mean_HL[:, a:e].contiguous())
-                call(ctx.kernels.minillm_attend_backward, s_HCS, d_HCS, *s_HCS.shape, a, *given)
-                dv_HLU[:, :e].baddbmm_(s_HCS.mT, g_HCU)
-                dk_HLK[:, :e].baddbmm_(d_HCS.mT, q_HLK[:, a:e])
+                kernels.attend_backward(s_HCS, w_HCS, d_HCS, *s_HCS.shape, a, *given)
+                _add_product(dv_HLU[:, :e], w_HCS.mT, g_HCU)
+                _add_product(dk_HLK[:, :e], d_HCS.mT, q_HLK[:, a:e])
                 dq_HCK = torch.bmm(d_HCS, k_HLK[:, :e])
                 torch.mul(dq_HCK.transpose(0, 1), ctx.scaling, out=dq[row, start + a : start + e])
             _add_groups(dk_HLK, dk[row, start:end])
@@ -125,9 +126,31 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+class _Scores:
+    """Scores of a block of queries in fp32: rounded to bf16, large ones would be off by percents."""
+
+    def __init__(self, q_HLK: Tensor, k_HLK: Tensor) -> None:
+        self.dtype = q_HLK.dtype
+        self.q_HLK, self.k_HLK = q_HLK.float(), k_HLK.float()
+
+    def __call__(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return `(H, C, S)`, and room for the weights."""
+        s_HCS = torch.bmm(self.q_HLK[:, first:end], self.k_HLK[:, :end].mT)
+        is_same = self.dtype == torch.float32
+        return s_HCS, s_HCS if is_same else torch.empty_like(s_HCS, dtype=self.dtype)
+
+
 def _query_blocks(length: int) -> Iterator[tuple[int, int]]:
     for a in range(0, length, BLOCK):
         yield a, min(a + BLOCK, length)
+
+
+def _add_product(sum_HSK: Tensor, a_HSC: Tensor, b_HCK: Tensor) -> None:
+    """Add `a @ b` to a sum that is fp32."""
+    if a_HSC.dtype == sum_HSK.dtype:
+        sum_HSK.baddbmm_(a_HSC, b_HCK)
+    else:
+        sum_HSK += torch.bmm(a_HSC, b_HCK)
 
 
 def _heads(x_LGK: Tensor, heads: int = 0) -> Tensor:

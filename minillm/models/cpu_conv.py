@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.models.train_kernels import call, kernels_for
+from minillm.models.train_kernels import kernels_for, kernels_of
 
 
 def has_conv_kernel(x_BTD: Tensor, weight_DW: Tensor) -> bool:
-    """Tell whether `conv_silu` can be used here: training in fp32 on a CPU with a compiler."""
-    return torch.is_grad_enabled() and kernels_for(x_BTD, weight_DW) is not None
+    """Tell whether `conv_silu` can be used here: training on a CPU with a compiler."""
+    is_trained = torch.is_grad_enabled() and weight_DW.dtype == torch.float32
+    return is_trained and kernels_for(x_BTD) is not None
 
 
 def conv_silu(x_BTD: Tensor, weight_DW: Tensor, segment_BT: Tensor | None = None) -> Tensor:
@@ -37,11 +38,10 @@ class _ConvSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, weight_DW: Tensor, before_BT: Tensor) -> Tensor:
         """Return the output; `before` is how many tokens of its document precede each."""
-        kernels, weight_WD = kernels_for(x_BTD), weight_DW.T.contiguous()
+        weight_WD = weight_DW.T.contiguous()
         pre_BTD, y_BTD = torch.empty_like(x_BTD), torch.empty_like(x_BTD)
         sizes = *x_BTD.shape, len(weight_WD)
-        call(kernels.minillm_conv, x_BTD, weight_WD, before_BT, pre_BTD, *sizes)
-        call(kernels.minillm_silu, pre_BTD, y_BTD, pre_BTD.numel())
+        kernels_of(x_BTD).conv(x_BTD, weight_WD, before_BT, pre_BTD, y_BTD, *sizes)
         ctx.save_for_backward(x_BTD, weight_WD, before_BT, pre_BTD)
         return y_BTD
 
@@ -50,9 +50,8 @@ class _ConvSilu(torch.autograd.Function):
     def backward(ctx: Any, g_BTD: Tensor) -> tuple[Tensor, Tensor, None]:
         """Return the gradients of x and weight."""
         x_BTD, weight_WD, before_BT, pre_BTD = ctx.saved_tensors
-        dx_BTD, d_BTD = torch.empty_like(x_BTD), g_BTD.clone(memory_format=torch.contiguous_format)
-        dw_BWD = x_BTD.new_zeros(len(x_BTD), *weight_WD.shape)
-        given = x_BTD, weight_WD, before_BT, pre_BTD, d_BTD, dx_BTD, dw_BWD
-        kernel = kernels_for(x_BTD).minillm_conv_backward
-        call(kernel, *given, *x_BTD.shape, len(weight_WD))
+        dx_BTD = torch.empty_like(x_BTD)
+        dw_BWD, room_BWD = (weight_WD.new_zeros(len(x_BTD), *weight_WD.shape) for _ in range(2))
+        given = x_BTD, weight_WD, before_BT, pre_BTD, g_BTD.contiguous(), dx_BTD, dw_BWD, room_BWD
+        kernels_of(x_BTD).conv_backward(*given, *x_BTD.shape, len(weight_WD))
         return dx_BTD, dw_BWD.sum(0).T, None

@@ -1,6 +1,6 @@
 """SwiGLU (Shazeer 2020, eq. 6), `silu(gate) * up`, without keeping what can be had again.
 
-On a CPU one walk through memory forward and one backward, in fp32; elsewhere PyTorch's operations.
+On a CPU one walk through memory forward and one backward; elsewhere PyTorch's operations.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.models.train_kernels import call, kernels_for
+from minillm.models.train_kernels import kernels_for, kernels_of
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def _gate(gate: Tensor, up: Tensor, stride: int) -> Tensor:
     """Return `silu(gate) * up` of rows that begin every `stride` numbers."""
     y, size = gate.new_empty(gate.shape), gate.shape[-1]
     rows = y.numel() // max(size, 1)
-    call(kernels_for(gate).minillm_swiglu, gate, up, y, rows, size, stride)
+    kernels_of(gate).swiglu(gate, up, y, rows, size, stride)
     return y
 
 
@@ -43,8 +43,8 @@ def _gate_backward(
 ) -> None:
     """Fill in the gradients of gate and up."""
     g, size = g.contiguous(), gate.shape[-1]
-    kernel, rows = kernels_for(gate).minillm_swiglu_backward, g.numel() // max(size, 1)
-    call(kernel, gate, up, g, d_gate, d_up, rows, size, stride)
+    rows = g.numel() // max(size, 1)
+    kernels_of(gate).swiglu_backward(gate, up, g, d_gate, d_up, rows, size, stride)
 
 
 class _SwiGLU(torch.autograd.Function):

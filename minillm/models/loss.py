@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from minillm.models.train_kernels import call, kernels_for
+from minillm.models.train_kernels import kernels_for
 
 IGNORE = -100
 """Label of a position that has no loss, as everywhere in PyTorch."""
@@ -126,10 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dx_CD = dx_ND[start : start + block]
                 torch.mm(d_CV, w_VD, out=dx_CD).mul_(share_C1)
             if dw_VD is not None:
-                if d_CV.dtype == dw_VD.dtype:  # in place: no second table of gradients per block
-                    dw_VD.addmm_(d_CV.T, x_CD * share_C1)
-                else:
-                    dw_VD += d_CV.T @ (x_CD * share_C1)
+                _add_product(dw_VD, d_CV, (x_CD * share_C1).to(x_CD.dtype))
         ctx.save_for_backward(dx_ND, dw_VD)
         return total / num_items
 
@@ -159,14 +156,27 @@ def _unscaled(
         p_CV = logp_CV.exp_()
         p_CV.scatter_add_(1, index_C1, p_CV.new_full(index_C1.shape, -1.0))
         return loss_C1, p_CV.to(logits_CV.dtype), factor_C1.to(logits_CV.dtype)
-    picked_C1 = logits_CV.gather(1, index_C1)
+    picked_C1 = logits_CV.gather(1, index_C1).float()
     top_C1, sum_C1 = torch.empty_like(picked_C1), torch.empty_like(picked_C1)
-    call(
-        kernels.minillm_exp_rows,
-        logits_CV, *logits_CV.shape, logits_CV.stride(0), top_C1, sum_C1,
-    )  # fmt: skip
-    logits_CV.scatter_add_(1, index_C1, -sum_C1)
-    return sum_C1.log() + top_C1 - picked_C1, logits_CV, factor_C1 / sum_C1
+    kernels.exp_rows(logits_CV, *logits_CV.shape, logits_CV.stride(0), top_C1, sum_C1)
+    loss_C1 = sum_C1.log() + top_C1 - picked_C1
+    # p - 1 where the label is, times the row's sum: from fp32, since 1 - p may be small
+    own_C1 = (torch.expm1(-loss_C1) * sum_C1).to(logits_CV.dtype)
+    logits_CV.scatter_(1, index_C1, own_C1)
+    return loss_C1, logits_CV, factor_C1 / sum_C1
+
+
+def _add_product(sum_VD: Tensor, d_CV: Tensor, x_CD: Tensor) -> None:
+    """Add `d^T x` to `sum`."""
+    if d_CV.dtype == sum_VD.dtype:  # in place: no second table of gradients per block
+        sum_VD.addmm_(d_CV.T, x_CD)
+        return
+    part_VD = d_CV.T @ x_CD
+    kernels = kernels_for(part_VD)
+    if kernels is None or sum_VD.dtype != torch.float32:
+        sum_VD += part_VD
+    else:
+        kernels.add_to(sum_VD, part_VD, part_VD.numel())
 
 
 def _room(x_ND: Tensor, block: int, vocab_size: int) -> Tensor | None:
@@ -176,12 +186,14 @@ def _room(x_ND: Tensor, block: int, vocab_size: int) -> Tensor | None:
     """
     if x_ND.device.type != "cpu":
         return None
-    return x_ND.new_empty(min(block, len(x_ND)), -(-vocab_size // 64) * 64)
+    row = -(-vocab_size * x_ND.element_size() // 256) * 256 // x_ND.element_size()
+    return x_ND.new_empty(min(block, len(x_ND)), row)
 
 
 def _block_rows(x_ND: Tensor, vocab_size: int) -> int:
     if x_ND.device.type != "cpu":
         return max(64, GPU_BLOCK_BYTES // (4 * vocab_size))
     # every block also reads and writes the (V, D) gradient table once: with fewer than D rows
-    # that would move more bytes than the logits themselves
-    return max(x_ND.shape[1], BLOCK_BYTES // (4 * vocab_size))
+    # that would move more bytes than the logits themselves; sums of bf16 products move twice that
+    least = x_ND.shape[1] * (1 if x_ND.dtype == torch.float32 else 2)
+    return max(least, BLOCK_BYTES // (4 * vocab_size))

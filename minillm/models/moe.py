@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from minillm.device import has_bf16
 from minillm.models.gates import packed_swiglu
-from minillm.models.train_kernels import call, kernels_for
+from minillm.models.train_kernels import compute_dtype, kernels_for, kernels_of
 
 GATHER_ROWS = 32
 """Up to this many rows the GPU multiplies each by its own copy of the weights: decoding."""
@@ -57,9 +57,10 @@ class Experts(nn.Module):
         y_MD = grouped_mm(h_MF, self.down_proj, ends_E)
 
         # 3. back in the order of the tokens
-        if torch.is_grad_enabled() and kernels_for(x_ND, y_MD, weight_NK):
+        is_trained = torch.is_grad_enabled() and weight_NK.dtype == torch.float32
+        if is_trained and kernels_for(y_MD, dtype=compute_dtype(x_ND)):
             out_ND: Tensor = _Mix.apply(y_MD, place_M, weight_NK)  # type: ignore[no-untyped-call]
-            return out_ND
+            return out_ND.to(x_ND.dtype)
         y_MD = _TakeRows.apply(y_MD, place_M, order_M, 1)  # type: ignore[no-untyped-call]
         return self._mix(y_MD.unflatten(0, (-1, num_per_token)), weight_NK, x_ND)
 
@@ -106,11 +107,8 @@ class _Mix(torch.autograd.Function):
         """Return `(N, D)`."""
         y_MD, weight_NK = y_MD.contiguous(), weight_NK.contiguous()
         ctx.save_for_backward(y_MD, place_M, weight_NK)
-        out_ND, sizes = y_MD.new_empty(len(weight_NK), y_MD.shape[1]), weight_NK.shape
-        call(
-            kernels_for(y_MD).minillm_mix,
-            y_MD, place_M, weight_NK, out_ND, *sizes, y_MD.shape[1],
-        )  # fmt: skip
+        out_ND = y_MD.new_empty(len(weight_NK), y_MD.shape[1])
+        kernels_of(y_MD).mix(y_MD, place_M, weight_NK, out_ND, *weight_NK.shape, y_MD.shape[1])
         return out_ND
 
     @staticmethod
@@ -120,8 +118,7 @@ class _Mix(torch.autograd.Function):
         y_MD, place_M, weight_NK = ctx.saved_tensors
         dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weight_NK)
         given = y_MD, place_M, weight_NK, g_ND.contiguous(), dy_MD, dw_NK
-        kernel = kernels_for(y_MD).minillm_mix_backward
-        call(kernel, *given, *weight_NK.shape, y_MD.shape[1])
+        kernels_of(y_MD).mix_backward(*given, *weight_NK.shape, y_MD.shape[1])
         return dy_MD, None, dw_NK
 
 

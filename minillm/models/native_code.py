@@ -47,7 +47,8 @@ def _compile(compiler: str, source: Path, options: tuple[str, ...]) -> Path:
     lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
     flags = [line for line in lines if line.startswith("flags")][:1] or lines[:1]
     version = _run(compiler, "--version")
-    key = repr((source.read_bytes(), options, version, flags, platform.machine()))
+    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = repr((texts, options, version, flags, platform.machine()))
     name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     target = Path(root) / "minillm" / name

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from minillm.models.train_kernels import kernels_for, kernels_of
 
 
 class RotaryEmbedding(nn.Module):
@@ -70,9 +73,42 @@ def apply_rope(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
     Works on the layout in which projections come out, so that nothing is copied to transpose.
     Features beyond the table's size stay as they are.
     """
+    is_trained = torch.is_grad_enabled() and cos_BT1K.dtype == torch.float32
+    if is_trained and x_BTHK.stride(-1) == 1 and kernels_for(x_BTHK):
+        y_BTHK: Tensor = _CpuRope.apply(x_BTHK, cos_BT1K, sin_BT1K)  # type: ignore[no-untyped-call]
+        return y_BTHK
     size = cos_BT1K.shape[-1]
     if size < x_BTHK.shape[-1]:
         turned = apply_rope(x_BTHK[..., :size], cos_BT1K, sin_BT1K)
         return torch.cat((turned, x_BTHK[..., size:]), dim=-1)
     swapped_BTHK = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)
     return torch.addcmul(x_BTHK * cos_BT1K, swapped_BTHK, sin_BT1K)
+
+
+class _CpuRope(torch.autograd.Function):
+    """One walk through memory; the gradient is turned the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor) -> Tensor:
+        """Return the turned features, in the dtype of `x`."""
+        ctx.save_for_backward(cos_BT1K, sin_BT1K)
+        return _turn(x_BTHK, cos_BT1K, sin_BT1K, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_BTHK: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of `x`."""
+        return _turn(g_BTHK.contiguous(), *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor, sign: int) -> Tensor:
+    if x_BTHK.stride(0) != x_BTHK.shape[1] * x_BTHK.stride(1):
+        x_BTHK = x_BTHK.contiguous()
+    batch, length, heads, size = x_BTHK.shape
+    y_BTHK = x_BTHK.new_empty(x_BTHK.shape)
+    turned, places = cos_BT1K.shape[-1], cos_BT1K.shape[0] * length
+    kernels_of(x_BTHK).rope(
+        x_BTHK, cos_BT1K.contiguous(), sin_BT1K.contiguous(), y_BTHK, batch * length, heads, size,
+        turned, places, x_BTHK.stride(1), x_BTHK.stride(2), sign,
+    )  # fmt: skip
+    return y_BTHK

@@ -68,7 +68,7 @@ def test_every_tiny_preset_is_here() -> None:
 def test_losses_are_those_of_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # by PyTorch's operations, which are there on every machine: with another order of sums
     # tokens soon go to other experts
-    monkeypatch.setattr(train_kernels, "load_kernels", lambda: None)
+    monkeypatch.setattr(train_kernels, "load_kernels", lambda dtype: None)
     assert pick(train(name)) == pytest.approx(GOLDEN[name], rel=1e-4)
 
 
@@ -79,6 +79,6 @@ def test_losses_with_kernels_begin_as_those_without(name: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train_kernels.load_kernels = lambda: None  # type: ignore[assignment]
+    train_kernels.load_kernels = lambda dtype: None  # type: ignore[assignment]
     for preset, values in table().items():
         print(f'    "{preset}": {values},')  # noqa: T201

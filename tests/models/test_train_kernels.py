@@ -12,9 +12,8 @@ from minillm.models.cpu_conv import conv_silu
 from minillm.models.gated_delta import short_conv
 from minillm.models.gates import packed_swiglu, swiglu
 from minillm.models.moe import Experts
-from minillm.models.train_kernels import call
 
-kernels = train_kernels.load_kernels()
+kernels = train_kernels.load_kernels(torch.float32)
 pytestmark = pytest.mark.skipif(kernels is None, reason="no C++ compiler")
 
 
@@ -58,8 +57,8 @@ def test_training_with_documents_is_that_with_a_mask(
     ids = torch.randint(99, (2, 12))
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 0], list(range(12))])
     found = []
-    for library in (kernels, None):
-        monkeypatch.setattr(train_kernels, "load_kernels", lambda library=library: library)
+    for load in (train_kernels.load_kernels, lambda dtype: None):
+        monkeypatch.setattr(train_kernels, "load_kernels", load)
         model.zero_grad()
         loss = model(
             ids, position_ids=positions, labels=ids, use_cache=False, skip_logits=True
@@ -86,11 +85,11 @@ def test_exponentials_are_right_over_their_whole_range() -> None:
     x = torch.cat((torch.linspace(-86, 0, 5_000), torch.tensor([-1e30, -torch.inf, -87.5])))[None]
     expected = x.double().exp()
     top, total = torch.empty(1), torch.empty(1)
-    call(kernels.minillm_exp_rows, x, 1, x.shape[1], x.shape[1], top, total)
+    kernels.exp_rows(x, 1, x.shape[1], x.shape[1], top, total)
     torch.testing.assert_close(x.double(), expected, rtol=3e-7, atol=1e-37)
     assert float(top) == 0
     x[0, 7] = torch.nan
-    call(kernels.minillm_exp_rows, x, 1, x.shape[1], x.shape[1], top, total)
+    kernels.exp_rows(x, 1, x.shape[1], x.shape[1], top, total)
     assert total.isnan().all()
 
 
@@ -138,8 +137,8 @@ def test_experts_are_mixed_as_without_kernels(num: int, monkeypatch: pytest.Monk
     share = torch.rand(9, num, requires_grad=True)
     index = torch.rand(9, 4).topk(num).indices
     found = []
-    for library in (kernels, None):
-        monkeypatch.setattr(train_kernels, "load_kernels", lambda library=library: library)
+    for load in (train_kernels.load_kernels, lambda dtype: None):
+        monkeypatch.setattr(train_kernels, "load_kernels", load)
         y = experts(x, index, share)
         grads = torch.autograd.grad(y.square().sum(), (x, share, *experts.parameters()))
         found.append((y.detach(), *grads))
