@@ -32,7 +32,7 @@ def documents_to_attend(module: Any, x_BTD: Tensor, places_BT: Tensor | None) ->
 
     Args:
         module: The model, for its config; knows whether it is trained.
-        x_BTD: Its input, fp32 on a CPU.
+        x_BTD: Its input, for its device and dtype.
         places_BT: Positions that restart with each document, or None: each row is one.
     """
     config = module.config
@@ -127,7 +127,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Scores:
-    """Scores of a block of queries in fp32: rounded to bf16, large ones would be off by percents."""
+    """Scores of a block of queries, in fp32: rounded to bf16 large ones are off by percents."""
 
     def __init__(self, q_HLK: Tensor, k_HLK: Tensor) -> None:
         self.dtype = q_HLK.dtype

@@ -98,7 +98,8 @@ class _CpuRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g_BTHK: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of `x`."""
-        return _turn(g_BTHK.contiguous(), *ctx.saved_tensors, -1), None, None
+        cos_BT1K, sin_BT1K = ctx.saved_tensors
+        return _turn(g_BTHK.contiguous(), cos_BT1K, sin_BT1K, -1), None, None
 
 
 def _turn(x_BTHK: Tensor, cos_BT1K: Tensor, sin_BT1K: Tensor, sign: int) -> Tensor:

@@ -69,7 +69,7 @@ def train(job: Job, progress: Progress, *, resume: bool) -> Outcome:
         state = load_position(checkpoint)
         load_weights(checkpoint, job)
     parallel = Parallel(model, job.world, job.parallel, is_compiled=_is_compiled(job))
-    optimizers = build_optimizers(model, job.optim, job.device)
+    optimizers = build_optimizers(model, job.optim, job.device, job.dtype)
     if checkpoint is not None:
         load_optimizers(checkpoint, job, optimizers)
     gc.collect()

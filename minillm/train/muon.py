@@ -3,8 +3,8 @@
 Jordan et al. 2024 (kellerjordan.github.io/posts/muon). `torch.optim.Muon` does the same one matrix
 at a time and always in bf16, which a CPU without bf16 arithmetic emulates: there it is 30 times
 slower than the forward and backward pass of a small model. Here matrices of one shape go through
-one batched product, in bf16 only where the hardware has it. The price is one copy of the
-momentum while a shape is worked on.
+one batched product, in the dtype of the run: a run in fp32 is fp32 here too. The price is one copy
+of the momentum while a shape is worked on.
 """
 
 import math
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from minillm.device import has_bf16
 from minillm.train.distributed import like, local
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -32,6 +31,7 @@ class Muon(Optimizer):
         lr: Learning rate; each update has spectral norm about `lr * sqrt(max(1, out / in))`.
         weight_decay: Decoupled weight decay.
         momentum: Nesterov momentum.
+        dtype: Of the products that make matrices orthogonal.
     """
 
     def __init__(
@@ -41,8 +41,10 @@ class Muon(Optimizer):
         lr: float,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -69,7 +71,8 @@ class Muon(Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         nesterov = torch._foreach_lerp(gradients, buffers, momentum)
         pieces = zip(nesterov, parameters, strict=True)
-        updates = orthogonalize(torch.stack([_whole(piece, p) for piece, p in pieces]))
+        whole = torch.stack([_whole(piece, p) for piece, p in pieces])
+        updates = orthogonalize(whole.to(self.dtype)).to(whole.dtype)
         own = [local(like(u, p)) for u, p in zip(updates.unbind(), parameters, strict=True)]
         rows, columns = parameters[0].shape[-2:]
         weights = [local(parameter) for parameter in parameters]
@@ -100,9 +103,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     Returns:
         The same shape and dtype; singular values lie roughly within 0.7 and 1.2.
     """
-    is_fast = has_bf16(matrices.device)
-    x = matrices.to(torch.bfloat16 if is_fast else torch.float32)
-    x = x.flatten(0, -3)
+    x = matrices.flatten(0, -3)
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT
@@ -111,4 +112,4 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     for _ in range(_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if is_tall else x).to(matrices.dtype).view_as(matrices)
+    return (x.mT if is_tall else x).reshape(matrices.shape)

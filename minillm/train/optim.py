@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from minillm.device import has_bf16
 from minillm.models.moe import Experts
 from minillm.settings import OptimConfig
 from minillm.train.distributed import like, whole
@@ -21,14 +22,21 @@ _MUON_LR, _ADAMW_LR = 3.0, 0.75
 """Rate times width, where the matrices are Muon's and where they are AdamW's."""
 
 
-def build_optimizers(model: nn.Module, cfg: OptimConfig, device: torch.device) -> list[Optimizer]:
-    """Return the optimizers of a run; each group keeps its peak rate as `peak_lr`."""
+def build_optimizers(
+    model: nn.Module,
+    cfg: OptimConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> list[Optimizer]:
+    """Return the optimizers of a run in `dtype`; each group keeps its peak rate as `peak_lr`."""
     matrices, others = split_parameters(model)
     fused = device.type in ("cuda", "cpu")
     groups = [{"params": others, "weight_decay": 0.0}]
     optimizers: list[Optimizer] = []
     if cfg.optimizer == "muon" and matrices:
-        optimizers.append(Muon(matrices, lr=cfg.muon_lr, weight_decay=cfg.weight_decay))
+        own = dtype if has_bf16(device) else torch.float32
+        decay = cfg.weight_decay
+        optimizers.append(Muon(matrices, lr=cfg.muon_lr, weight_decay=decay, dtype=own))
     else:
         groups.append({"params": matrices, "weight_decay": cfg.weight_decay})
     optimizers.append(AdamW(groups, lr=pick_lr(model, cfg), betas=cfg.betas, fused=fused))

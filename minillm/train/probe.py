@@ -113,7 +113,7 @@ def probe(
     if batch.activation_checkpointing:
         model.activation_checkpointing_enable()
     row_bytes = activation_bytes(job)
-    optimizers = build_optimizers(model, optim, device)
+    optimizers = build_optimizers(model, optim, device, dtype)
     stepper = Stepper(job, Parallel(model, World(), "ddp", is_compiled=False), optimizers, 1)
     rates, why = _search(job, stepper, row_bytes, progress)
     best = max(rates, key=lambda rows: rates[rows])

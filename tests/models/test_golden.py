@@ -17,9 +17,9 @@ from minillm.models import registry, train_kernels
 
 STEPS, ROWS, LENGTH, VOCAB = 20, 2, 64, 2_048
 GOLDEN: dict[str, list[float]] = {
-    "mini_llama3:tiny": [7.678658, 7.672316, 7.412976, 7.160425, 7.390492],
-    "mini_deepseekv3:tiny": [7.683959, 7.607173, 7.45185, 7.152877, 7.37027],
-    "mini_qwen3_next:tiny": [7.616363, 7.6216, 7.435561, 7.169324, 7.273116],
+    "mini_llama3:tiny": [7.678658, 7.688171, 7.508854, 7.38208, 7.270155],
+    "mini_deepseekv3:tiny": [7.683959, 7.658743, 7.525626, 7.311431, 7.354326],
+    "mini_qwen3_next:tiny": [7.616363, 7.653052, 7.541387, 7.398482, 7.292242],
 }
 """Losses of steps 1, 5, 10, 15 and 20."""
 
@@ -40,7 +40,11 @@ def tokens() -> torch.Tensor:
 def train(name: str, steps: int = STEPS) -> list[float]:
     torch.manual_seed(0)
     model: Any = registry.build_model(registry.build_config(name, vocab_size=VOCAB)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, foreach=False)
+    # eps of 1e-3: where a gradient is rounding alone, AdamW's usual 1e-8 makes whole steps of its
+    # sign, which is another on each kind of processor, and experts are chosen by it
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, weight_decay=0.1, eps=1e-3, foreach=False
+    )
     losses = []
     for batch in tokens()[:steps]:
         optimizer.zero_grad()
@@ -69,12 +73,12 @@ def test_losses_are_those_of_before(name: str, monkeypatch: pytest.MonkeyPatch) 
     # by PyTorch's operations, which are there on every machine: with another order of sums
     # tokens soon go to other experts
     monkeypatch.setattr(train_kernels, "load_kernels", lambda dtype: None)
-    assert pick(train(name)) == pytest.approx(GOLDEN[name], rel=1e-4)
+    assert pick(train(name)) == pytest.approx(GOLDEN[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
 def test_losses_with_kernels_begin_as_those_without(name: str) -> None:
-    assert pick(train(name, steps=5))[:2] == pytest.approx(GOLDEN[name][:2], rel=1e-4)
+    assert pick(train(name, steps=5))[:2] == pytest.approx(GOLDEN[name][:2], rel=1e-5)
 
 
 if __name__ == "__main__":

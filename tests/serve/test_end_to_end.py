@@ -286,6 +286,7 @@ def test_a_terminal_chat_goes_on_after_ctrl_c(folder: Path, tmp_path: Path) -> N
     child.expect("/help lists the commands")
     child.expect("›")
     child.send("你好\r")
+    child.expect_exact("\x1b[?2004l")  # the prompt is left: Ctrl-C is no key of it any more
     time.sleep(0.5)
     child.sendintr()
     child.expect("stopped · [0-9]+ tokens")

@@ -25,12 +25,13 @@ def test_orthogonalize_keeps_the_directions_and_levels_the_singular_values(
     assert diagonal.max() < 1.3
 
 
-def test_updates_equal_torch_muon_up_to_its_bf16() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_equal_torch_muon_up_to_its_bf16(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     start = [parameter.detach().clone() for parameter in ours]
     theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
-    a = Muon(ours, lr=0.02, weight_decay=0.1)
+    a = Muon(ours, lr=0.02, weight_decay=0.1, dtype=dtype)
     b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
     for _ in range(5):
         for mine, other in zip(ours, theirs, strict=True):
