@@ -1,16 +1,18 @@
 """Causal attention within documents, for training on a CPU.
 
 PyTorch's kernel spends as much time beside its products as in them, and with a mask it computes
-what the mask forbids. Here every document is attended to on its own, a block of queries at a
-time: what lies in the future or in another document costs nothing. Weights are computed again in
-the backward pass (Dao et al. 2022), so that only a number for each query is kept.
+what the mask forbids. Here a block of queries at a time is attended to, in many rows at once, from
+the earliest document that one of them belongs to: what lies in the future, and most of what lies
+in other documents, costs nothing. Weights are computed again in the backward pass (Dao et al.
+2022), so that only a number for each query is kept. Scores are fp32: of large ones, rounded to
+bf16, the weights would be off by percents.
 
-B batch · T positions · H query heads · G key/value heads · R = H / G · K key size · U value size
-L tokens of a document · C queries of a block · S keys that they see
+B batch · T positions · H query heads · G key/value heads · K key size · U value size
+M rows at work times heads · C queries of a block · S keys that one of them sees
 """
 
-import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +24,16 @@ from minillm.models.train_kernels import compute_dtype, kernels_for, kernels_of
 BLOCK = 128
 """Queries of a block: more compute more of the future, fewer make small products."""
 
+ROOM_BYTES = 4 * 2**20
+"""Scores at work, which should stay in the last-level cache; those of one row may be more."""
 
-class Documents(list[tuple[int, int, int]]):
-    """Row, first position and end of each document: what an attention layer has for a mask."""
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """What an attention layer has for a mask: the place where each token's document starts."""
+
+    starts: Tensor
+    """`(B, T)`, int32."""
 
 
 def documents_to_attend(module: Any, x_BTD: Tensor, places_BT: Tensor | None) -> Documents | None:
@@ -42,13 +51,10 @@ def documents_to_attend(module: Any, x_BTD: Tensor, places_BT: Tensor | None) ->
         return None
     batch, length = x_BTD.shape[:2]
     if places_BT is None:
-        return Documents((row, 0, length) for row in range(batch))
+        return Documents(torch.zeros(batch, length, dtype=torch.int32))
     is_start_BT = places_BT.diff(dim=-1, prepend=places_BT[:, :1] - 2) != 1
-    found = Documents()
-    for row, is_start_T in enumerate(is_start_BT.expand(batch, -1)):
-        starts = [*is_start_T.nonzero().flatten().tolist(), length]
-        found += [(row, *ends) for ends in itertools.pairwise(starts)]
-    return found
+    start_BT = (is_start_BT * torch.arange(length)).cummax(-1).values
+    return Documents(start_BT.expand(batch, -1).to(torch.int32).contiguous())
 
 
 def attend_documents(
@@ -64,106 +70,108 @@ def attend_documents(
     dtype = compute_dtype(query)
     given = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     with torch.autocast("cpu", enabled=False):
-        out_BTHU: Tensor = _Attention.apply(*given, scaling, attention_mask)  # type: ignore[no-untyped-call]
+        out_BTHU: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+            *given, scaling, attention_mask.starts
+        )
     return out_BTHU, None
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGU: Tensor, scaling: float, docs: Documents
+        ctx: Any, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGU: Tensor, scaling: float, start_BT: Tensor
     ) -> Tensor:
         """Return the output; keep the log of each query's sum of weights."""
         batch, length, heads = q_BTHK.shape[:3]
-        ctx.scaling, ctx.docs, kernels = scaling, docs, kernels_of(q_BTHK)
+        kernels = kernels_of(q_BTHK)
         out_BTHU = q_BTHK.new_empty(batch, length, heads, v_BTGU.shape[-1])
-        log_sums = []
-        for row, start, end in docs:
-            q_HLK = _heads(q_BTHK[row, start:end]) * scaling
-            k_HLK = _heads(k_BTGK[row, start:end], heads)
-            v_HLU = _heads(v_BTGU[row, start:end], heads)
-            scores = _Scores(q_HLK, k_HLK)
-            log_sum_HL = torch.empty(q_HLK.shape[:2])
-            for a, e in _query_blocks(end - start):
-                s_HCS, w_HCS = scores(a, e)
-                log_sum_HC, sum_HC = (torch.empty(heads, e - a) for _ in range(2))
-                kernels.attend(s_HCS, w_HCS, *s_HCS.shape, a, log_sum_HC, sum_HC)
-                log_sum_HL[:, a:e] = log_sum_HC
-                out_HCU = torch.bmm(w_HCS, v_HLU[:, :e]).div_(sum_HC.unsqueeze(-1))
-                out_BTHU[row, start + a : start + e] = out_HCU.transpose(0, 1)
-            log_sums.append(log_sum_HL)
-        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGU, out_BTHU, *log_sums)
+        log_sum_BHT = torch.empty(batch, heads, length)
+        for rows in _parts(batch, heads, length):
+            q_MTK = _heads(q_BTHK[rows]) * scaling
+            k_MTK, v_MTU = _heads(k_BTGK[rows], heads), _heads(v_BTGU[rows], heads)
+            q32_MTK, k32_MTK = q_MTK.float(), k_MTK.float()
+            for at, keys, place in _blocks(start_BT[rows], heads):
+                s_MCS = torch.bmm(q32_MTK[:, at], k32_MTK[:, keys].mT)
+                w_MCS = _room(s_MCS, q_MTK.dtype)
+                log_sum_MC, sum_MC = (torch.empty(s_MCS.shape[:2]) for _ in range(2))
+                kernels.attend(s_MCS, w_MCS, *s_MCS.shape, *place, log_sum_MC, sum_MC)
+                out_MCU = torch.bmm(w_MCS, v_MTU[:, keys]).div_(sum_MC.unsqueeze(-1))
+                out_BTHU[rows, at] = out_MCU.unflatten(0, (-1, heads)).transpose(1, 2)
+                log_sum_BHT[rows, :, at] = log_sum_MC.unflatten(0, (-1, heads))
+        ctx.scaling = scaling
+        ctx.save_for_backward(q_BTHK, k_BTGK, v_BTGU, start_BT, out_BTHU, log_sum_BHT)
         return out_BTHU
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_BTHU: Tensor) -> tuple[Tensor | None, ...]:
         """With p the weights: dv = p^T g, ds = p (g v^T - mean), dq = ds k, dk = ds^T q."""
-        q_BTHK, k_BTGK, v_BTGU, out_BTHU, *log_sums = ctx.saved_tensors
-        kernels = kernels_of(q_BTHK)
+        q_BTHK, k_BTGK, v_BTGU, start_BT, out_BTHU, log_sum_BHT = ctx.saved_tensors
+        kernels, (batch, length, heads) = kernels_of(q_BTHK), q_BTHK.shape[:3]
         dq, dk, dv = (torch.empty_like(x) for x in (q_BTHK, k_BTGK, v_BTGU))
-        heads = q_BTHK.shape[2]
         mean_BTH = (g_BTHU * out_BTHU).sum(-1, dtype=torch.float32)
-        for (row, start, end), log_sum_HL in zip(ctx.docs, log_sums, strict=True):
-            q_HLK = _heads(q_BTHK[row, start:end]) * ctx.scaling
-            k_HLK = _heads(k_BTGK[row, start:end], heads)
-            v_HLU = _heads(v_BTGU[row, start:end], heads)
-            g_HLU = _heads(g_BTHU[row, start:end])
-            mean_HL, scores = mean_BTH[row, start:end].T, _Scores(q_HLK, k_HLK)
-            dk_HLK, dv_HLU = (torch.zeros_like(x, dtype=torch.float32) for x in (k_HLK, v_HLU))
-            for a, e in _query_blocks(end - start):
-                g_HCU = g_HLU[:, a:e]
-                s_HCS, w_HCS = scores(a, e)
-                d_HCS = torch.bmm(g_HCU, v_HLU[:, :e].mT)
-                given = (log_sum_HL[:, a:e].contiguous(), mean_HL[:, a:e].contiguous())
-                kernels.attend_backward(s_HCS, w_HCS, d_HCS, *s_HCS.shape, a, *given)
-                _add_product(dv_HLU[:, :e], w_HCS.mT, g_HCU)
-                _add_product(dk_HLK[:, :e], d_HCS.mT, q_HLK[:, a:e])
-                dq_HCK = torch.bmm(d_HCS, k_HLK[:, :e])
-                torch.mul(dq_HCK.transpose(0, 1), ctx.scaling, out=dq[row, start + a : start + e])
-            _add_groups(dk_HLK, dk[row, start:end])
-            _add_groups(dv_HLU, dv[row, start:end])
+        for rows in _parts(batch, heads, length):
+            q_MTK = _heads(q_BTHK[rows]) * ctx.scaling
+            k_MTK, v_MTU = _heads(k_BTGK[rows], heads), _heads(v_BTGU[rows], heads)
+            q32_MTK, k32_MTK = q_MTK.float(), k_MTK.float()
+            g_MTU = _heads(g_BTHU[rows])
+            log_sum_MT = log_sum_BHT[rows].flatten(0, 1)
+            mean_MT = mean_BTH[rows].transpose(1, 2).flatten(0, 1)
+            dk_MTK, dv_MTU = (torch.zeros_like(x, dtype=torch.float32) for x in (k_MTK, v_MTU))
+            for at, keys, place in _blocks(start_BT[rows], heads):
+                s_MCS = torch.bmm(q32_MTK[:, at], k32_MTK[:, keys].mT)
+                w_MCS = _room(s_MCS, q_MTK.dtype)
+                d_MCS = torch.bmm(g_MTU[:, at], v_MTU[:, keys].mT)
+                given = (log_sum_MT[:, at].contiguous(), mean_MT[:, at].contiguous())
+                kernels.attend_backward(s_MCS, w_MCS, *s_MCS.shape, *place, d_MCS, *given)
+                _add_product(dv_MTU[:, keys], w_MCS.mT, g_MTU[:, at])
+                _add_product(dk_MTK[:, keys], d_MCS.mT, q_MTK[:, at])
+                dq_MCK = torch.bmm(d_MCS, k_MTK[:, keys]).unflatten(0, (-1, heads))
+                torch.mul(dq_MCK.transpose(1, 2), ctx.scaling, out=dq[rows, at])
+            _add_groups(dk_MTK, dk[rows])
+            _add_groups(dv_MTU, dv[rows])
         return dq, dk, dv, None, None
 
 
-class _Scores:
-    """Scores of a block of queries, in fp32: rounded to bf16 large ones are off by percents."""
-
-    def __init__(self, q_HLK: Tensor, k_HLK: Tensor) -> None:
-        self.dtype = q_HLK.dtype
-        self.q_HLK, self.k_HLK = q_HLK.float(), k_HLK.float()
-
-    def __call__(self, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """Return `(H, C, S)`, and room for the weights."""
-        s_HCS = torch.bmm(self.q_HLK[:, first:end], self.k_HLK[:, :end].mT)
-        is_same = self.dtype == torch.float32
-        return s_HCS, s_HCS if is_same else torch.empty_like(s_HCS, dtype=self.dtype)
+def _parts(batch: int, heads: int, length: int) -> Iterator[slice]:
+    """Yield the rows that are worked on together."""
+    size = max(1, ROOM_BYTES // (4 * heads * min(BLOCK, length) * length))
+    for first in range(0, batch, size):
+        yield slice(first, min(first + size, batch))
 
 
-def _query_blocks(length: int) -> Iterator[tuple[int, int]]:
-    for a in range(0, length, BLOCK):
-        yield a, min(a + BLOCK, length)
+def _blocks(start_BT: Tensor, heads: int) -> Iterator[tuple[slice, slice, tuple[Any, ...]]]:
+    """Yield blocks of queries, the keys that they see, and where both are for the kernel."""
+    length = start_BT.shape[1]
+    for first in range(0, length, BLOCK):
+        end, key = min(first + BLOCK, length), int(start_BT[:, first].min())
+        yield slice(first, end), slice(key, end), (start_BT, heads, length, first, key)
 
 
-def _add_product(sum_HSK: Tensor, a_HSC: Tensor, b_HCK: Tensor) -> None:
+def _room(s_MCS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return where the weights go: over the scores if they are of one dtype."""
+    return s_MCS if dtype == s_MCS.dtype else torch.empty_like(s_MCS, dtype=dtype)
+
+
+def _add_product(sum_MSK: Tensor, a_MSC: Tensor, b_MCK: Tensor) -> None:
     """Add `a @ b` to a sum that is fp32."""
-    if a_HSC.dtype == sum_HSK.dtype:
-        sum_HSK.baddbmm_(a_HSC, b_HCK)
+    if a_MSC.dtype == sum_MSK.dtype:
+        sum_MSK.baddbmm_(a_MSC, b_MCK)
     else:
-        sum_HSK += torch.bmm(a_HSC, b_HCK)
+        sum_MSK += torch.bmm(a_MSC, b_MCK)
 
 
-def _heads(x_LGK: Tensor, heads: int = 0) -> Tensor:
-    """`(L, G, K)` to `(G, L, K)` in one piece, each as often as there are query heads for it."""
-    x_GLK = x_LGK.transpose(0, 1)
-    ratio = heads // len(x_GLK) if heads else 1
-    return x_GLK.repeat_interleave(ratio, 0) if ratio > 1 else x_GLK.contiguous()
+def _heads(x_BTGK: Tensor, heads: int = 0) -> Tensor:
+    """`(B, T, G, K)` to `(M, T, K)` in one piece, each as often as there are query heads for it."""
+    x_BGTK = x_BTGK.transpose(1, 2)
+    ratio = heads // x_BGTK.shape[1] if heads else 1
+    x_BHTK = x_BGTK.repeat_interleave(ratio, 1) if ratio > 1 else x_BGTK
+    return x_BHTK.flatten(0, 1).contiguous()
 
 
-def _add_groups(d_HLK: Tensor, out_LGK: Tensor) -> None:
+def _add_groups(d_MTK: Tensor, out_BTGK: Tensor) -> None:
     """Sum over the query heads of each key head, into `out`."""
-    groups = out_LGK.shape[1]
-    if groups == len(d_HLK):
-        out_LGK.copy_(d_HLK.transpose(0, 1))
-    else:
-        out_LGK.copy_(d_HLK.unflatten(0, (groups, -1)).sum(1).transpose(0, 1))
+    batch, _, groups, _ = out_BTGK.shape
+    d_BGRTK = d_MTK.unflatten(0, (batch, groups, -1))
+    d_BGTK = d_BGRTK.sum(2) if d_BGRTK.shape[2] > 1 else d_BGRTK.squeeze(2)
+    out_BTGK.copy_(d_BGTK.transpose(1, 2))

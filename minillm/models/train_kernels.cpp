@@ -120,45 +120,53 @@ void minillm_add_to(float* to, const T* from, int64_t size) {
     for (int64_t i = 0; i < size; ++i) to[i] += load(from[i]);
 }
 
-// Scores of `count` queries, the first of which is token `first` of its document, become weights w
-// that are still to be divided by `sum`; what a query may not see becomes 0. w may be s.
-void minillm_attend(float* s, T* w, int64_t heads, int64_t count, int64_t size, int64_t first,
-                    float* log_sum, float* sum) {
+// Scores of `count` queries and `size` keys, the first of which are tokens `query` and `key`, for
+// all `heads` of each row, become weights w that are still to be divided by `sum`. What lies in the
+// future, or before the `start` (rows x length) of a query's document, becomes 0. w may be s.
+void minillm_attend(float* s, T* w, int64_t rows, int64_t count, int64_t size,
+                    const int32_t* start, int64_t heads, int64_t length, int64_t query,
+                    int64_t key, float* log_sum, float* sum) {
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < heads * count; ++r) {
+    for (int64_t r = 0; r < rows * count; ++r) {
+        const int64_t at = query + r % count, first = start[r / count / heads * length + at];
+        const int64_t begin = first > key ? first - key : 0, end = at - key + 1;
         float* row = s + r * size;
         T* weights = w + r * size;
-        const int64_t seen = first + r % count + 1;
-        const float top = row_max(row, seen);
+        const float top = row_max(row + begin, end - begin);
         float total = 0;
 #pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < seen; ++i) {
+        for (int64_t i = begin; i < end; ++i) {
             const float weight = exp_of(row[i] - top);
             store(weights[i], weight);
             total += weight;
         }
         sum[r] = total;
         log_sum[r] = top + std::log(total);
-        std::memset(weights + seen, 0, (size - seen) * sizeof(T));
+        std::memset(weights, 0, begin * sizeof(T));
+        std::memset(weights + end, 0, (size - end) * sizeof(T));
     }
 }
 
 // Scores become weights, and the gradient d of weights that of scores.
-void minillm_attend_backward(float* s, T* w, T* d, int64_t heads, int64_t count, int64_t size,
-                             int64_t first, const float* log_sum, const float* mean) {
+void minillm_attend_backward(float* s, T* w, int64_t rows, int64_t count, int64_t size,
+                             const int32_t* start, int64_t heads, int64_t length, int64_t query,
+                             int64_t key, T* d, const float* log_sum, const float* mean) {
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < heads * count; ++r) {
+    for (int64_t r = 0; r < rows * count; ++r) {
+        const int64_t at = query + r % count, first = start[r / count / heads * length + at];
+        const int64_t begin = first > key ? first - key : 0, end = at - key + 1;
         const float *row = s + r * size, shift = log_sum[r], average = mean[r];
         T *weights = w + r * size, *grad = d + r * size;
-        const int64_t seen = first + r % count + 1;
 #pragma omp simd
-        for (int64_t i = 0; i < seen; ++i) {
+        for (int64_t i = begin; i < end; ++i) {
             const float weight = exp_of(row[i] - shift);
             store(weights[i], weight);
             store(grad[i], weight * (load(grad[i]) - average));
         }
-        std::memset(weights + seen, 0, (size - seen) * sizeof(T));
-        std::memset(grad + seen, 0, (size - seen) * sizeof(T));
+        std::memset(weights, 0, begin * sizeof(T));
+        std::memset(grad, 0, begin * sizeof(T));
+        std::memset(weights + end, 0, (size - end) * sizeof(T));
+        std::memset(grad + end, 0, (size - end) * sizeof(T));
     }
 }
 

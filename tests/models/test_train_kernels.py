@@ -20,20 +20,23 @@ kernels = train_kernels.load_kernels(torch.float32)
 pytestmark = pytest.mark.skipif(kernels is None, reason="no C++ compiler")
 
 
+@pytest.mark.parametrize("room", [1, 2**20])
 @pytest.mark.parametrize("block", [4, 128])
 @pytest.mark.parametrize(("groups", "value_size"), [(6, 8), (2, 8), (3, 5)])
 def test_documents_are_attended_to_as_with_a_mask(
-    monkeypatch: pytest.MonkeyPatch, block: int, groups: int, value_size: int
+    monkeypatch: pytest.MonkeyPatch, room: int, block: int, groups: int, value_size: int
 ) -> None:
     monkeypatch.setattr(cpu_attention, "BLOCK", block)
+    monkeypatch.setattr(cpu_attention, "ROOM_BYTES", room)
     torch.manual_seed(0)
     ends = [[0, 1, 9, 23], [0, 23]]
-    documents = Documents(
-        (row, a, b) for row in (0, 1) for a, b in zip(ends[row][:-1], ends[row][1:], strict=True)
-    )
     mask = torch.zeros(2, 1, 23, 23, dtype=torch.bool)
-    for row, a, b in documents:
-        mask[row, 0, a:b, a:b] = torch.ones(b - a, b - a).tril()
+    start = torch.zeros(2, 23, dtype=torch.int32)
+    for row in (0, 1):
+        for a, b in zip(ends[row][:-1], ends[row][1:], strict=True):
+            mask[row, 0, a:b, a:b] = torch.ones(b - a, b - a).tril()
+            start[row, a:b] = a
+    documents = Documents(start)
     q = torch.randn(2, 6, 23, 8, requires_grad=True)
     k = torch.randn(2, groups, 23, 8, requires_grad=True)
     v = torch.randn(2, groups, 23, value_size, requires_grad=True)
@@ -75,9 +78,13 @@ def test_training_with_documents_is_that_with_a_mask(
 def test_documents_are_found_where_positions_restart_and_only_in_training() -> None:
     model: Any = registry.build_model(registry.build_config("mini_llama3:tiny", vocab_size=9))
     x = torch.zeros(2, 4, 1)
-    assert documents_to_attend(model.model.train(), x, None) == [(0, 0, 4), (1, 0, 4)]
+    found = documents_to_attend(model.model.train(), x, None)
+    assert found is not None
+    assert found.starts.tolist() == [[0] * 4] * 2
     places = torch.tensor([[0, 1, 0, 1], [3, 4, 5, 6]])
-    assert documents_to_attend(model.model, x, places) == [(0, 0, 2), (0, 2, 4), (1, 0, 4)]
+    found = documents_to_attend(model.model, x, places)
+    assert found is not None
+    assert found.starts.tolist() == [[0, 0, 2, 2], [0] * 4]
     assert documents_to_attend(model.model, x.double(), places) is None
     with torch.no_grad():
         assert documents_to_attend(model.model, x, places) is None
