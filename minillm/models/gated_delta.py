@@ -8,7 +8,7 @@ has at the token's key towards the token's value, then reads at its query:
 Decoding does just this. For many tokens at once the chunk form (Yang et al. 2024, section 3)
 turns all corrections inside a chunk into one triangular matrix, inverted for all chunks at once;
 then the chunks hand on S, with four matrix products each. All of it is fp32, as S forgets slowly
-and sums of bf16 would not.
+and sums of bf16 would not. `cpu_delta.py` does the same in C++, for training on a CPU.
 
 Documents in one row: given segment ids, a token sees nothing of another segment, in the
 convolution or in S. That is a mask on factors that are there anyway: shapes stay the same for
@@ -26,6 +26,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minillm.models.cpu_delta import has_delta_kernel, train_delta_rule
 
 CHUNK = {"cpu": 32}
 """Positions of a chunk, 64 elsewhere: fewer steps, but more work inside each."""
@@ -107,6 +109,8 @@ def gated_delta_rule(
                 use_qk_l2norm_in_kernel=True,
             )
             return out_BTHV, state_BHKV
+        if state_BHKV is None and has_delta_kernel(q_BTGK, k_BTGK, v_BTHV):
+            return train_delta_rule(q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, segment_BT)
         return chunk_gated_delta_rule(
             q_BTGK,
             k_BTGK,
