@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minillm.models.train_kernels import kernels_for, kernels_of
+from minillm.models.train_kernels import Kernels, kernels_for, load_source
+
+SOURCE = "delta_kernels.cpp"
 
 CHUNK = 32
 """Positions of a chunk, as in `delta_kernels.cpp`."""
@@ -26,7 +28,15 @@ CHUNK = 32
 
 def has_delta_kernel(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor) -> bool:
     """Tell whether `train_delta_rule` can be used here: training on a CPU with a compiler."""
-    return torch.is_grad_enabled() and kernels_for(q_BTGK, k_BTGK, v_BTHV) is not None
+    is_trained = torch.is_grad_enabled() and kernels_for(q_BTGK, k_BTGK, v_BTHV) is not None
+    return is_trained and load_source(SOURCE, v_BTHV.dtype) is not None
+
+
+def _kernels(x: Tensor) -> Kernels:
+    """Return the functions for `x` where `has_delta_kernel` has found them."""
+    kernels = load_source(SOURCE, x.dtype)
+    assert kernels is not None
+    return kernels
 
 
 def train_delta_rule(
@@ -67,7 +77,7 @@ class _DeltaRule(torch.autograd.Function):
         last_BHKV = g_BTH.new_empty(batch, heads, keys, values)
         given = q_BTGK, k_BTGK, v_BTHV, g_BTH, beta_BTH, segment_BT
         sizes = batch, length, groups, heads // groups, keys, values
-        kernels_of(v_BTHV).delta(
+        _kernels(v_BTHV).delta(
             *(*given, out_BTHV, lack_BTHV, states_BHNKV, last_BHKV, *sizes),
             *(x.stride(1) for x in (q_BTGK, k_BTGK, v_BTHV)),
         )
@@ -89,7 +99,7 @@ class _DeltaRule(torch.autograd.Function):
         if g_last_BHKV is not None:
             g_last_BHKV = g_last_BHKV.contiguous()
         grads = [x.new_empty(x.shape) for x in (q_BTGK, k_BTGK, g_out_BTHV, g_BTH, beta_BTH)]
-        kernels_of(q_BTGK).delta_backward(
+        _kernels(q_BTGK).delta_backward(
             *(*saved, g_out_BTHV.contiguous(), g_last_BHKV, *grads, *ctx.sizes),
             *(x.stride(1) for x in (q_BTGK, k_BTGK)),
         )

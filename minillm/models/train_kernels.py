@@ -1,4 +1,4 @@
-"""Compile and load `train_kernels.cpp` and `delta_kernels.cpp`, once for each machine and dtype.
+"""Compile and load `train_kernels.cpp` and others of its kind, once for each machine and dtype.
 
 Why C++: between two matrix products PyTorch walks through memory once for every operation, and
 its exponential takes three times as long as the memory does. Without a compiler everything works,
@@ -16,27 +16,22 @@ from torch import Tensor
 
 from minillm.models.native_code import load_library
 
-SOURCES = [Path(__file__).with_name(f"{name}_kernels.cpp") for name in ("train", "delta")]
 NUMBERS = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 Kernel = Callable[..., None]
 
 
 class Kernels:
-    """The functions of the libraries for tensors of one dtype, e.g. `kernels.swiglu(gate, …)`.
+    """The functions of a library for tensors of one dtype, e.g. `kernels.swiglu(gate, …)`.
 
     They take pointers and sizes as they stand in the C++ files; None is a null pointer.
     """
 
-    def __init__(self, *libraries: ctypes.CDLL) -> None:
-        self._libraries = libraries
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
 
     def __getattr__(self, name: str) -> Kernel:
-        symbol = f"minillm_{name}"
-        library = next((lib for lib in self._libraries if hasattr(lib, symbol)), None)
-        if library is None:
-            raise AttributeError(name)
-        function = getattr(library, symbol)
+        function = getattr(self._library, f"minillm_{name}")
         function.restype = None
 
         def call(*args: Tensor | float | None) -> None:
@@ -63,21 +58,22 @@ def kernels_of(x: Tensor) -> Kernels:
     return kernels
 
 
-@functools.cache
 def load_kernels(dtype: torch.dtype) -> Kernels | None:
-    """Return the compiled functions, or None where there are none."""
-    if platform.system() != "Linux" or not all(source.exists() for source in SOURCES):
-        return None  # copied code comes without them
+    """Return the row passes for tensors of `dtype`, or None where there are none."""
+    return load_source("train_kernels.cpp", dtype)
+
+
+@functools.cache
+def load_source(name: str, dtype: torch.dtype) -> Kernels | None:
+    """Return the compiled functions of a C++ file beside this one, or None."""
+    source = Path(__file__).with_name(name)
+    if platform.system() != "Linux" or not source.exists():  # copied code comes without it
+        return None
     if dtype not in NUMBERS:
         return None
     options = ("-fno-math-errno", "-fno-trapping-math", f"-DNUMBER={NUMBERS[dtype]}")
-    libraries = []
-    for source in SOURCES:
-        library = load_library(source, purpose="training on the CPU", options=options)
-        if library is None:
-            return None
-        libraries.append(library)
-    return Kernels(*libraries)
+    library = load_library(source, purpose="training on the CPU", options=options)
+    return None if library is None else Kernels(library)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
