@@ -4,6 +4,7 @@
 // OpenMP's pools than it has cores. A server has: the thread that loaded the model keeps its pool.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <omp.h>
 #include <thread>
@@ -20,7 +21,8 @@ class Crew {
       return;
     }
     for (int64_t turn = 0; round.load(std::memory_order_acquire) == now; turn++) {
-      if (turn > 4000) std::this_thread::yield();  // the other's core has something else to do
+      // another process has the other's core: asleep, this one is free for who waits there
+      if (turn > 4000) std::this_thread::sleep_for(std::chrono::microseconds(20));
 #ifdef __x86_64__
       else __builtin_ia32_pause();
 #endif

@@ -99,13 +99,15 @@ static void tile_of_floats(const uint8_t* w, const float* x, int64_t groups, vf*
   vf sum[U][M][PARTS] = {};
   for (int64_t k = 0; k < groups * GROUP; k += U, x += U * M)
 #pragma GCC unroll 4
-    for (int u = 0; u < U; u++, w += CODE_BYTES[F] / GROUP)
+    for (int u = 0; u < U; u++, w += CODE_BYTES[F] / GROUP) {
+      __builtin_prefetch(w + 2048);
 #pragma GCC unroll 2
       for (int h = 0; h < PARTS; h++) {
         const vf weight = F == FP32 ? *(const vf*)(w + 4 * LANES * h) : wide_halves(w + 2 * LANES * h);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) sum[u][m][h] += weight * (x[u * M + m] - vf{});
       }
+    }
   for (int m = 0; m < M; m++)
     for (int h = 0; h < PARTS; h++) {
       for (int u = 1; u < U; u++) sum[0][m][h] += sum[u][m][h];
@@ -120,6 +122,7 @@ static void tile_of_codes(const uint8_t* w, const float* x, int64_t groups, vf* 
   vf sum[M][PARTS] = {};
   for (int64_t g = 0; g < groups; g++, w += CODE_BYTES[F], head += HEAD_BYTES[F], x += words(F) * M) {
     const int32_t* codes = (const int32_t*)x;
+    for (int i = 0; i < CODE_BYTES[F]; i += 64) __builtin_prefetch(w + 2048 + i);
 #pragma GCC unroll 2
     for (int h = 0; h < PARTS; h++) {
       vi dots[M] = {};
