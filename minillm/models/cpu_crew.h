@@ -4,7 +4,6 @@
 // OpenMP's pools than it has cores. A server has: the thread that loaded the model keeps its pool.
 #pragma once
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <omp.h>
 #include <thread>
@@ -21,8 +20,7 @@ class Crew {
       return;
     }
     for (int64_t turn = 0; round.load(std::memory_order_acquire) == now; turn++) {
-      // another process has the other's core: asleep, this one is free for who waits there
-      if (turn > 4000) std::this_thread::sleep_for(std::chrono::microseconds(20));
+      if (turn > 4000) std::this_thread::yield();  // another process has the other's core
 #ifdef __x86_64__
       else __builtin_ia32_pause();
 #endif

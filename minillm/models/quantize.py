@@ -1,9 +1,10 @@
 """Linear layers with packed weights, for decoding on a CPU: fp32, fp16, int8 or int4.
 
 Decoding reads every weight once for each token, so bytes are time. int8 and int4 round groups of
-32 weights of a row to 255 or 16 even steps (as GGUF's q8_0 and q4_1 do, 8.5 and 5 bits a weight);
-sums are fp32. Embeddings, norms, routers and experts stay as they are. Beside fewer bits the caches
-of a Llama keep keys and values as fp16.
+32 weights of a row to 255 or 16 even steps (as GGUF's q8_0 and q4_1 do, 8.5 and 5 bits a weight),
+and 32 numbers of what goes in to 16 bits, for products of whole numbers; sums are fp32. Embeddings,
+norms, routers and experts stay as they are. Beside fewer bits the caches of a Llama keep keys and
+values as fp16.
 
 N rows · K columns · P panels of 16 rows · G groups of 32 columns
 """
