@@ -55,7 +55,7 @@ class Arena:
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference, with the layout of `cpu_kernels.cpp`."""
+    """`nn.Linear` for inference, with the layout of `cpu_linear.h`."""
 
     packed: Tensor
 
@@ -112,7 +112,8 @@ def rounded_input(x: Tensor, kind: Kind) -> Tensor:
     x_G = F.pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     reach = x_G.abs().amax(-1, keepdim=True)
     codes = (x_G * (reach.new_tensor(32767.0) / reach.clamp(min=1e-30))).round()
-    return (codes * (reach / 32767)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    seen: Tensor = (codes * (reach / 32767)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    return seen
 
 
 def _round(weight_NK: Tensor, kind: Kind) -> list[Tensor]:
