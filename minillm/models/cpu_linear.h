@@ -100,7 +100,7 @@ static void tile_of_floats(const uint8_t* w, const float* x, int64_t groups, vf*
   for (int64_t k = 0; k < groups * GROUP; k += U, x += U * M)
 #pragma GCC unroll 4
     for (int u = 0; u < U; u++, w += CODE_BYTES[F] / GROUP) {
-      __builtin_prefetch(w + 2048);
+      if (M >= 4) __builtin_prefetch(w + 2048);
 #pragma GCC unroll 2
       for (int h = 0; h < PARTS; h++) {
         const vf weight = F == FP32 ? *(const vf*)(w + 4 * LANES * h) : wide_halves(w + 2 * LANES * h);
