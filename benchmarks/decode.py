@@ -106,7 +106,8 @@ def main() -> None:
     official = str(export(args.model, "--to", "official"))
     runs = {f"minillm {kind}": ours(args.model, kind) for kind in ("none", "fp16", "int8", "int4")}
     runs |= {
-        f"transformers {d}": theirs(official, getattr(torch, d)) for d in ("float32", "float16")
+        f"transformers {d}": theirs(official, getattr(torch, d))
+        for d in ("float32", "float16", "bfloat16")
     }
     for kind in ("f16", "q8_0"):
         path = next(export(args.model, "--to", "gguf", "--type", kind).glob("*.gguf"))

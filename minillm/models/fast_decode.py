@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minillm.models.cache import ReservedLayer
 from minillm.models.cpu_kernels import Matrix, load_kernels
-from minillm.models.quantize import PackedLinear
+from minillm.models.quantize import GROUP, PackedLinear
 from minillm.models.slot_cache import SlotCache
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -71,7 +71,9 @@ class LlamaStep:
         heads, inner = config.num_attention_heads + config.num_key_value_heads, sizes[2]
         if model.lm_head.kind != "none":
             model.cache_dtype = torch.float16
-        self._room_size = config.hidden_size + 2 * heads * config.head_dim + 2 * inner
+        widest = max(config.hidden_size, inner, config.num_attention_heads * config.head_dim)
+        widest += -widest % GROUP
+        self._room_size = widest + 2 * heads * config.head_dim + 2 * inner
 
     @torch.inference_mode()
     def __call__(self, **kwargs: Any) -> Tensor:

@@ -1,9 +1,10 @@
 """Linear layers with packed weights, for decoding on a CPU: fp32, fp16, int8 or int4.
 
 Decoding reads every weight once for each token, so bytes are time. int8 and int4 round groups of
-32 weights of a row to 255 or 16 even steps (as GGUF's q8_0 and q4_1 do, 8.5 and 5 bits a weight);
-sums are fp32. Embeddings, norms, routers and experts stay as they are. Beside fewer bits the caches
-of a Llama keep keys and values as fp16.
+32 weights of a row to 255 or 16 even steps (as GGUF's q8_0 and q4_1 do, 8.5 and 5 bits a weight),
+and 32 numbers of what goes in to 16 bits, for products of whole numbers; sums are fp32. Embeddings,
+norms, routers and experts stay as they are. Beside fewer bits the caches of a Llama keep keys and
+values as fp16.
 
 N rows · K columns · P panels of 16 rows · G groups of 32 columns
 """
@@ -22,7 +23,6 @@ from minillm.models.cpu_kernels import Matrix, load_kernels
 
 Kind = Literal["none", "fp16", "int8", "int4"]
 KINDS = {"none": 0, "fp16": 1, "int8": 2, "int4": 3}
-COLUMN_BYTES = (64, 32, 16, 8)
 ROWS, GROUP = 16, 32
 CHUNK = 64 << 20
 """Bytes taken from the system at a time."""
@@ -55,7 +55,7 @@ class Arena:
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference, with the layout of `cpu_kernels.cpp`."""
+    """`nn.Linear` for inference, with the layout of `cpu_linear.h`."""
 
     packed: Tensor
 
@@ -84,15 +84,16 @@ class PackedLinear(nn.Module):
 
 
 def pack(weight_NK: Tensor, kind: Kind) -> Tensor:
-    """Return the bytes of a matrix, `(P, bytes of a panel)`."""
-    missing = -weight_NK.shape[1] % GROUP
-    parts = [part.permute(0, 2, *range(3, part.ndim), 1) for part in _round(weight_NK, kind)]
-    codes, *heads = (part.contiguous() for part in parts)
+    """Return the bytes of a matrix, `(P, bytes of a panel)`; `cpu_linear.h` says in which order."""
+    codes, *heads = _round(weight_NK, kind)
+    if kind in ("none", "fp16"):
+        return codes.permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(1)
+    pairs = codes.unflatten(3, (-1, 2)).permute(0, 2, 3, 1, 4).contiguous()  # (P, G, 16, 16, 2)
     if kind == "int4":
-        codes = codes[..., :8] | codes[..., 8:] << 4
-    pieces = [part.view(torch.uint8).flatten(2) for part in (*heads, codes.contiguous())]
-    packed_PB = torch.cat(pieces, dim=-1).flatten(1)
-    return packed_PB[:, : packed_PB.shape[1] - missing * COLUMN_BYTES[KINDS[kind]]].contiguous()
+        pairs = pairs[:, :, :8] | pairs[:, :, 8:] << 4
+    head_PB = torch.stack(heads).permute(1, 3, 0, 2).contiguous().view(torch.uint8).flatten(1)
+    head_PB = F.pad(head_PB, (0, -head_PB.shape[1] % 64))
+    return torch.cat((head_PB, pairs.view(torch.uint8).flatten(1)), dim=1)
 
 
 def rounded(weight_NK: Tensor, kind: Kind) -> Tensor:
@@ -102,6 +103,17 @@ def rounded(weight_NK: Tensor, kind: Kind) -> Tensor:
         codes = codes * head.unsqueeze(-1) if number == 0 else codes + head.unsqueeze(-1)
     rows, columns = weight_NK.shape
     return codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+
+
+def rounded_input(x: Tensor, kind: Kind) -> Tensor:
+    """Return what the products of codes see of an input `(..., K)`: groups of 32 in 16 bits."""
+    if kind in ("none", "fp16"):
+        return x
+    x_G = F.pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    reach = x_G.abs().amax(-1, keepdim=True)
+    codes = (x_G * (reach.new_tensor(32767.0) / reach.clamp(min=1e-30))).round()
+    seen: Tensor = (codes * (reach / 32767)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+    return seen
 
 
 def _round(weight_NK: Tensor, kind: Kind) -> list[Tensor]:
@@ -145,11 +157,12 @@ def quantize_model(model: Any, kind: Kind) -> Any:
     has_kernels = load_kernels() is not None
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or name in KEPT or child.in_features % 4:
+            if type(child) is not nn.Linear or name in KEPT:
                 continue
             if has_kernels:
                 setattr(parent, name, PackedLinear(child, kind, arena))
             elif kind != "none":  # a new parameter: a tied head must not change the embedding
                 made = rounded(child.weight.detach(), kind).to(child.weight.dtype)
                 child.weight = nn.Parameter(made, requires_grad=False)
+                child.register_forward_pre_hook(lambda _, args: rounded_input(args[0], kind))
     return model

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from minillm.errors import ConfigError
 from minillm.models import cpu_kernels, quantize, registry
 from minillm.models.fast_decode import LlamaStep, make_decode_step
-from minillm.models.quantize import KINDS, PackedLinear, quantize_model, rounded
+from minillm.models.quantize import KINDS, PackedLinear, quantize_model, rounded, rounded_input
 from minillm.models.slot_cache import SlotCache
 
 # largest distance from the weight, as a share of the largest weight of its group
@@ -26,8 +26,8 @@ def build(name: str, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7, 16, 50])
-@pytest.mark.parametrize("shape", [(16, 32), (40, 64), (100, 100), (5, 4), (33, 132)])
-def test_a_packed_product_is_that_of_the_rounded_weights(
+@pytest.mark.parametrize("shape", [(16, 32), (40, 64), (100, 100), (5, 4), (33, 130)])
+def test_a_packed_product_is_that_of_rounded_weights_and_inputs(
     kind: Any, tokens: int, shape: tuple[int, int]
 ) -> None:
     linear = nn.Linear(shape[1], shape[0], bias=tokens == 2)
@@ -35,7 +35,7 @@ def test_a_packed_product_is_that_of_the_rounded_weights(
     with torch.inference_mode():
         found = PackedLinear(linear, kind)(x)
         expected = nn.functional.linear(
-            x.double(), rounded(linear.weight, kind).double(),
+            rounded_input(x, kind).double(), rounded(linear.weight, kind).double(),
             None if linear.bias is None else linear.bias.double(),
         )  # fmt: skip
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
@@ -79,13 +79,19 @@ class HalfCache(DynamicCache):
         return super().update(key_states.half().float(), value_states.half().float(), *args)
 
 
+def round_layers(reference: Any, kind: Any) -> None:
+    """Round the weights of all linear layers, and what goes into them."""
+    for module in reference.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = rounded(module.weight.data, kind)
+            module.register_forward_pre_hook(lambda _, args: rounded_input(args[0], kind))
+
+
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
 def test_a_quantized_step_is_a_model_with_rounded_weights_and_cache(kind: Any) -> None:
     reference, model = build("mini_llama3:tiny"), build("mini_llama3:tiny")
     reference.lm_head.weight = nn.Parameter(reference.lm_head.weight.detach().clone())
-    for module in reference.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = rounded(module.weight.data, kind)
+    round_layers(reference, kind)
     step = make_decode_step(quantize_model(model, kind))
     prompt = torch.randint(0, 300, (1, 9))
     found, logits = greedy(step, model, prompt, 12)
@@ -126,9 +132,7 @@ def test_all_logits_of_several_tokens_of_several_rows(kind: Any) -> None:
     rows = [torch.randint(0, 300, (1, n)) for n in (13, 6)]
     reference = build("mini_llama3:tiny")
     reference.lm_head.weight = nn.Parameter(reference.lm_head.weight.detach().clone())
-    for module in reference.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = rounded(module.weight.data, kind)
+    round_layers(reference, kind)
     caches = [HalfCache(config=reference.config) if kind == "fp16" else None for _ in rows]
     with torch.inference_mode():
         expected = [

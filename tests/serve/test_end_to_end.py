@@ -24,10 +24,12 @@ from typer.testing import CliRunner
 from minillm import paths
 from minillm.cli.app import app
 from minillm.models import registry
+from minillm.models.fast_decode import LlamaStep, make_decode_step
 from minillm.models.generator import Generator
 from minillm.models.load import load_model
 from minillm.models.sampling import SamplingParams
 from minillm.serve.native import TransformersSource
+from minillm.serve.source import load
 
 MODEL = "lab/tiny"
 
@@ -67,6 +69,16 @@ def client(generator: Generator, serve: Any) -> Iterator[openai.OpenAI]:
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made,
     ):
         yield made
+
+
+def test_weights_are_packed_from_fp32_where_the_processor_has_bf16(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minillm.device.has_bf16", lambda _: True)
+    packed, _ = load(str(folder), device="cpu", precision="auto", quantize="none")
+    assert isinstance(make_decode_step(packed), LlamaStep)
+    plain, _ = load(str(folder), device="cpu", precision="auto")
+    assert plain.dtype == torch.bfloat16
 
 
 def test_a_stream_and_a_whole_answer_are_the_same_text(client: openai.OpenAI) -> None:
