@@ -90,9 +90,9 @@ class _Attention(torch.autograd.Function):
             q_MTK = _heads(q_BTHK[rows]) * scaling
             k_MTK, v_MTU = _heads(k_BTGK[rows], heads), _heads(v_BTGU[rows], heads)
             q32_MTK, k32_MTK = q_MTK.float(), k_MTK.float()
-            for at, keys, place in _blocks(start_BT[rows], heads):
+            for at, keys, place in _query_blocks(start_BT[rows], heads):
                 s_MCS = torch.bmm(q32_MTK[:, at], k32_MTK[:, keys].mT)
-                w_MCS = _room(s_MCS, q_MTK.dtype)
+                w_MCS = _room_for_weights(s_MCS, q_MTK.dtype)
                 log_sum_MC, sum_MC = (torch.empty(s_MCS.shape[:2]) for _ in range(2))
                 kernels.attend(s_MCS, w_MCS, *s_MCS.shape, *place, log_sum_MC, sum_MC)
                 out_MCU = torch.bmm(w_MCS, v_MTU[:, keys]).div_(sum_MC.unsqueeze(-1))
@@ -118,14 +118,14 @@ class _Attention(torch.autograd.Function):
             log_sum_MT = log_sum_BHT[rows].flatten(0, 1)
             mean_MT = mean_BTH[rows].transpose(1, 2).flatten(0, 1)
             dk_MTK, dv_MTU = (torch.zeros_like(x, dtype=torch.float32) for x in (k_MTK, v_MTU))
-            for at, keys, place in _blocks(start_BT[rows], heads):
+            for at, keys, place in _query_blocks(start_BT[rows], heads):
                 s_MCS = torch.bmm(q32_MTK[:, at], k32_MTK[:, keys].mT)
-                w_MCS = _room(s_MCS, q_MTK.dtype)
+                w_MCS = _room_for_weights(s_MCS, q_MTK.dtype)
                 d_MCS = torch.bmm(g_MTU[:, at], v_MTU[:, keys].mT)
                 given = (log_sum_MT[:, at].contiguous(), mean_MT[:, at].contiguous())
                 kernels.attend_backward(s_MCS, w_MCS, *s_MCS.shape, *place, d_MCS, *given)
-                _add_product(dv_MTU[:, keys], w_MCS.mT, g_MTU[:, at])
-                _add_product(dk_MTK[:, keys], d_MCS.mT, q_MTK[:, at])
+                _add_to_sum(dv_MTU[:, keys], w_MCS.mT, g_MTU[:, at])
+                _add_to_sum(dk_MTK[:, keys], d_MCS.mT, q_MTK[:, at])
                 dq_MCK = torch.bmm(d_MCS, k_MTK[:, keys]).unflatten(0, (-1, heads))
                 torch.mul(dq_MCK.transpose(1, 2), ctx.scaling, out=dq[rows, at])
             _add_groups(dk_MTK, dk[rows])
@@ -140,7 +140,7 @@ def _parts(batch: int, heads: int, length: int) -> Iterator[slice]:
         yield slice(first, min(first + size, batch))
 
 
-def _blocks(start_BT: Tensor, heads: int) -> Iterator[tuple[slice, slice, tuple[Any, ...]]]:
+def _query_blocks(start_BT: Tensor, heads: int) -> Iterator[tuple[slice, slice, tuple[Any, ...]]]:
     """Yield blocks of queries, the keys that they see, and where both are for the kernel."""
     length = start_BT.shape[1]
     for first in range(0, length, BLOCK):
@@ -148,12 +148,12 @@ def _blocks(start_BT: Tensor, heads: int) -> Iterator[tuple[slice, slice, tuple[
         yield slice(first, end), slice(key, end), (start_BT, heads, length, first, key)
 
 
-def _room(s_MCS: Tensor, dtype: torch.dtype) -> Tensor:
+def _room_for_weights(s_MCS: Tensor, dtype: torch.dtype) -> Tensor:
     """Return where the weights go: over the scores if they are of one dtype."""
     return s_MCS if dtype == s_MCS.dtype else torch.empty_like(s_MCS, dtype=dtype)
 
 
-def _add_product(sum_MSK: Tensor, a_MSC: Tensor, b_MCK: Tensor) -> None:
+def _add_to_sum(sum_MSK: Tensor, a_MSC: Tensor, b_MCK: Tensor) -> None:
     """Add `a @ b` to a sum that is fp32."""
     if a_MSC.dtype == sum_MSK.dtype:
         sum_MSK.baddbmm_(a_MSC, b_MCK)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from minillm.models.train_kernels import Kernels, kernels_for, load_source
 
-SOURCE = "delta_kernels.cpp"
+DELTA_SOURCE = "delta_kernels.cpp"
 
 CHUNK = 32
 """Positions of a chunk, as in `delta_kernels.cpp`."""
@@ -29,12 +29,12 @@ CHUNK = 32
 def has_delta_kernel(q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor) -> bool:
     """Tell whether `train_delta_rule` can be used here: training on a CPU with a compiler."""
     is_trained = torch.is_grad_enabled() and kernels_for(q_BTGK, k_BTGK, v_BTHV) is not None
-    return is_trained and load_source(SOURCE, v_BTHV.dtype) is not None
+    return is_trained and load_source(DELTA_SOURCE, v_BTHV.dtype) is not None
 
 
 def _kernels(x: Tensor) -> Kernels:
     """Return the functions for `x` where `has_delta_kernel` has found them."""
-    kernels = load_source(SOURCE, x.dtype)
+    kernels = load_source(DELTA_SOURCE, x.dtype)
     assert kernels is not None
     return kernels
 
