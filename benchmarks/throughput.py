@@ -12,12 +12,13 @@ Evaluation, samples and checkpoints are outside the measured steps. Blocks for f
 (MTP), which the official class does not have, are off. Both ways with experts add the balance loss
 that they know.
 
-Tokens are those of the tokenizer in the package (32,004 words). Rows are attended to as wholes,
-so that all compute the same; `--documents` keeps documents apart instead, as `minillm pretrain`
-does by default and the official classes do when positions restart.
+Tokens are those of the tokenizer in the package (32,004 words), or of one that is made, with as
+many words as `--vocab` says. Rows are attended to as wholes, so that all compute the same;
+`--documents` keeps documents apart instead, as `minillm pretrain` does by default and the official
+classes do when positions restart.
 
-    python benchmarks/throughput.py [--precision bf16] [--steps 4] [--turns 1] [--documents]
-        [--models NAME ...]
+    python benchmarks/throughput.py [--precision bf16] [--vocab 8192] [--steps 4] [--turns 1]
+        [--documents] [--models NAME ...]
 
 Needs `pip install -e '.[bench]'`.
 """
@@ -34,10 +35,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LENGTH, ROWS, MICRO, WARM_UP, VOCAB = 512, 16, 8, 1, 32_004
+LENGTH, ROWS, MICRO, WARM_UP = 512, 16, 8, 1
 MODELS = ("mini_llama3:small", "mini_deepseekv3:small", "mini_qwen3_next:small")
 WAYS = ("ours", "trainer", "plain")
-SEPARATOR = 32_001  # <|im_end|>
+PUBLISHED = 32_004  # words of the tokenizer in the package
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,12 @@ class Setting:
     steps: int
     apart: bool
     precision: str
+    vocab: int
+
+    @property
+    def tokenizer(self) -> str:
+        """The one in the package, or one made of the text there."""
+        return "bundled" if self.vocab == PUBLISHED else f"{self.folder}/tokenizer"
 
 
 def run_ours(name: str, it: Setting) -> tuple[float, int]:
@@ -61,7 +68,7 @@ def run_ours(name: str, it: Setting) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as scratch:
         words = (
             f"pretrain --model {name} --data {it.folder}/tokens/bundled.bin --out {scratch}/run "
-            f"--tokenizer bundled --steps {it.steps} --batch-tokens {LENGTH * ROWS} "
+            f"--tokenizer {it.tokenizer} --steps {it.steps} --batch-tokens {LENGTH * ROWS} "
             f"--sequence-length {LENGTH} --micro-batch {MICRO} --optimizer adamw --log-every 1 "
             f"--eval-tokens {LENGTH} --eval-every {it.steps} --sample-tokens 0 "
             f"--precision {it.precision} --save-every {it.steps} --device cpu "
@@ -101,14 +108,14 @@ def official(name: str, it: Setting) -> tuple[Any, list[Any]]:
     return model, rows
 
 
-def positions(ids: Any, apart: bool) -> dict[str, Any]:
+def positions(ids: Any, it: Setting) -> dict[str, Any]:
     """Return positions `(..., T)` that restart after each end of a document, if wanted."""
     import torch
 
-    if not apart:
+    if not it.apart:
         return {}
     place = torch.arange(ids.shape[-1]).expand(ids.shape)
-    after_end = torch.nn.functional.pad(ids[..., :-1] == SEPARATOR, (1, 0))
+    after_end = torch.nn.functional.pad(ids[..., :-1] == it.vocab - 3, (1, 0))
     return {"position_ids": place - (place * after_end).cummax(-1).values}
 
 
@@ -139,7 +146,7 @@ def run_trainer(name: str, it: Setting) -> tuple[float, int]:
             logging_steps=1,
             disable_tqdm=True,
         )
-        data = [{"input_ids": row, "labels": row} | positions(row, it.apart) for row in rows]
+        data = [{"input_ids": row, "labels": row} | positions(row, it) for row in rows]
         Trainer(model=model, args=settings, train_dataset=data, callbacks=[Clock()]).train()
     return _rate(times), _peak()
 
@@ -161,7 +168,7 @@ def run_plain(name: str, it: Setting) -> tuple[float, int]:
             for at in range(step * ROWS, (step + 1) * ROWS, MICRO):
                 ids = torch.stack(rows[at : at + MICRO])
                 with torch.autocast("cpu", torch.bfloat16, enabled=it.precision == "bf16"):
-                    out = model(input_ids=ids, use_cache=False, **positions(ids, it.apart))
+                    out = model(input_ids=ids, use_cache=False, **positions(ids, it))
                     logits = out.logits[:, :-1].flatten(0, 1).float()
                     loss = F.cross_entropy(logits, ids[:, 1:].flatten())
                 if getattr(out, "aux_loss", None) is not None:
@@ -189,7 +196,8 @@ def _peak() -> int:
 def measure(way: str, name: str, it: Setting) -> tuple[float, int]:
     """Return tokens/s and peak bytes of a process of its own."""
     words = ["--way", way, "--models", name, "--folder", str(it.folder), "--steps", str(it.steps)]
-    words += ["--precision", it.precision, *["--documents"] * it.apart]
+    words += ["--precision", it.precision, "--vocab", str(it.vocab)]
+    words += ["--documents"] * it.apart
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -197,10 +205,16 @@ def measure(way: str, name: str, it: Setting) -> tuple[float, int]:
     return rate, peak
 
 
-def prepare(folder: Path) -> None:
+def prepare(it: Setting) -> None:
     """Make a token file of the bundled text."""
-    words = ["tokenize", "--data", "bundled", "--tokenizer", "bundled", "--out", f"{folder}/tokens"]
-    subprocess.run([sys.executable, "-m", "minillm", *words], check=True, capture_output=True)
+    out = f"--out {it.folder}/tokens"
+    lines = [f"tokenize --data bundled --tokenizer {it.tokenizer} {out}"]
+    if it.vocab != PUBLISHED:
+        size = f"--vocab-size {it.vocab - 4}"
+        lines.insert(0, f"train-tokenizer --data bundled {size} --out {it.tokenizer}")
+    for line in lines:
+        words = [sys.executable, "-m", "minillm", *line.split()]
+        subprocess.run(words, check=True, capture_output=True)
 
 
 def table(models: list[str], it: Setting, turns: int) -> None:
@@ -215,7 +229,10 @@ def table(models: list[str], it: Setting, turns: int) -> None:
     cpu = torch.device("cpu")
     heads = "tok/s: ours, Trainer, plain | of matmul peak | peak RSS, MB | ours / Trainer"
     heads += " | ours / plain | hardware | versions | date"
-    what = f"rows of {LENGTH}, micro-batch {MICRO}" + ", documents apart" * it.apart
+    what = (
+        f"{it.vocab:,} words, rows of {LENGTH}, micro-batch {MICRO}"
+        + ", documents apart" * it.apart
+    )
     print(f"| {it.precision}, {what} | {heads} |")
     print("|" + 9 * "---|")
     where = f"{describe(cpu)} | torch {torch.__version__}, transformers {transformers.__version__}"
@@ -232,7 +249,7 @@ def table(models: list[str], it: Setting, turns: int) -> None:
         rate = {way: max(r for r, _ in pairs) for way, pairs in found.items()}
         size = {way: min(b for _, b in pairs) / 1e6 for way, pairs in found.items()}
         mtp = {"num_nextn_predict_layers": 0} if "deepseek" in name else {}
-        model = registry.build_model(registry.build_config(name, vocab_size=VOCAB, **mtp))
+        model = registry.build_model(registry.build_config(name, vocab_size=it.vocab, **mtp))
         flops, count = flops_per_token(model, LENGTH), model.num_parameters() / 1e6
         cells = [
             f"{name}, {count:.0f}M",
@@ -255,17 +272,19 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--documents", action="store_true", help="keep documents apart")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--vocab", type=int, default=PUBLISHED, help="words of the tokenizer")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        it = Setting(args.folder or Path(scratch), args.steps, args.documents, args.precision)
+        folder = args.folder or Path(scratch)
+        it = Setting(folder, args.steps, args.documents, args.precision, args.vocab)
         if args.way:
             ways: dict[str, Callable[[str, Setting], tuple[float, int]]]
             ways = {"ours": run_ours, "trainer": run_trainer, "plain": run_plain}
             print(json.dumps(ways[args.way](args.models[0], it)))
             return
         if not args.folder:
-            prepare(it.folder)
+            prepare(it)
         table(args.models, it, args.turns)
 
 

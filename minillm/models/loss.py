@@ -100,16 +100,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, num_items: int | Tensor
     ) -> Tensor:
-        """Return the summed loss over `num_items`, and keep its gradients."""
+        """Return the summed loss over `num_items`, and keep its gradients.
+
+        The mean is a factor of rows, which the products take anyway.
+        """
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         w_VD = weight_VD.to(x_ND.dtype)
         dx_ND = torch.empty_like(x_ND) if needs_x else None
         # summed over blocks in the weights' own dtype: bf16 sums would lose the small ones
         dw_VD = torch.zeros_like(weight_VD) if needs_weight else None
         total = x_ND.new_zeros((), dtype=torch.float32)
-        # the mean costs nothing as a factor of rows, but in bf16 it would round every gradient
-        is_exact = x_ND.dtype == torch.float32
-        divisor, ctx.rest = (num_items, 1) if is_exact else (1, num_items)
         block = _block_rows(x_ND, len(weight_VD))
         room_CW = _room(x_ND, block, len(weight_VD))
         for start in range(0, len(x_ND), block):
@@ -119,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index_C1 = labels_C1.where(valid_C1, 0)
             logits_CV = None if room_CW is None else room_CW[: len(x_CD), : len(weight_VD)]
             loss_C1, d_CV, share_C1 = _unscaled(
-                torch.mm(x_CD, w_VD.T, out=logits_CV), index_C1, valid_C1 / divisor
+                torch.mm(x_CD, w_VD.T, out=logits_CV), index_C1, valid_C1 / num_items
             )
             total += (loss_C1 * valid_C1).sum()
             if dx_ND is not None:
@@ -134,7 +134,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return the kept gradients times `g`."""
-        g = g / ctx.rest
         grads: list[Tensor | None] = list(ctx.saved_tensors)
         if g.device.type != "cpu" or float(g) != 1.0:  # to look at it costs a sync on a GPU
             grads = [None if d is None else d * g.to(d.dtype) for d in grads]
@@ -155,14 +154,15 @@ def _unscaled(
         loss_C1 = -logp_CV.gather(1, index_C1)
         p_CV = logp_CV.exp_()
         p_CV.scatter_add_(1, index_C1, p_CV.new_full(index_C1.shape, -1.0))
-        return loss_C1, p_CV.to(logits_CV.dtype), factor_C1.to(logits_CV.dtype)
+        return loss_C1, p_CV.to(logits_CV.dtype), factor_C1
     picked_C1 = logits_CV.gather(1, index_C1).float()
     top_C1, sum_C1 = torch.empty_like(picked_C1), torch.empty_like(picked_C1)
     kernels.exp_rows(logits_CV, *logits_CV.shape, logits_CV.stride(0), top_C1, sum_C1)
     loss_C1 = sum_C1.log() + top_C1 - picked_C1
     # p - 1 where the label is, times the row's sum: from fp32, since 1 - p may be small
     own_C1 = (torch.expm1(-loss_C1) * sum_C1).to(logits_CV.dtype)
-    logits_CV.scatter_(1, index_C1, own_C1)
+    # not `scatter_`, which copies all of a table whose rows are padded, twice
+    logits_CV[torch.arange(len(index_C1)), index_C1[:, 0]] = own_C1[:, 0]
     return loss_C1, logits_CV, factor_C1 / sum_C1
 
 
