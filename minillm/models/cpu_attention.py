@@ -24,6 +24,9 @@ from minillm.models.train_kernels import compute_dtype, kernels_for, kernels_of
 BLOCK = 128
 """Queries of a block: more compute more of the future, fewer make small products."""
 
+STEP = 64
+"""Keys begin at multiples of it: oneDNN makes code for every size of bf16 product that it sees."""
+
 ROOM_BYTES = 4 * 2**20
 """Scores at work, which should stay in the last-level cache; those of one row may be more."""
 
@@ -144,7 +147,7 @@ def _query_blocks(start_BT: Tensor, heads: int) -> Iterator[tuple[slice, slice, 
     """Yield blocks of queries, the keys that they see, and where both are for the kernel."""
     length = start_BT.shape[1]
     for first in range(0, length, BLOCK):
-        end, key = min(first + BLOCK, length), int(start_BT[:, first].min())
+        end, key = min(first + BLOCK, length), int(start_BT[:, first].min()) // STEP * STEP
         yield slice(first, end), slice(key, end), (start_BT, heads, length, first, key)
 
 

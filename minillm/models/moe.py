@@ -24,6 +24,9 @@ from minillm.models.train_kernels import compute_dtype, kernels_for, kernels_of
 GATHER_ROWS = 32
 """Up to this many rows the GPU multiplies each by its own copy of the weights: decoding."""
 
+TILE_ROWS = 64
+"""What the rows of an expert are filled up to in bf16 on a CPU."""
+
 
 class Experts(nn.Module):
     """`sum over k of weight[n, k] * expert[index[n, k]](x[n])`, with packed weights."""
@@ -51,14 +54,18 @@ class Experts(nn.Module):
         experts_E = torch.arange(self.num_experts, device=order_M.device)
         ends_E = torch.searchsorted(sorted_M, experts_E, right=True, out_int32=True)
 
+        kernels = kernels_for(x_ND) if torch.is_grad_enabled() else None
+        is_mixed = kernels is not None and weight_NK.dtype == torch.float32
+        if is_mixed and compute_dtype(x_ND) == torch.bfloat16:
+            place_M, order_M, ends_E = _pad_blocks(place_M, expert_M, ends_E)
+
         # 2. every expert on its block
         x_MD = _TakeRows.apply(x_ND, order_M // num_per_token, place_M, num_per_token)  # type: ignore[no-untyped-call]
         h_MF = packed_swiglu(grouped_mm(x_MD, self.gate_up_proj, ends_E))
         y_MD = grouped_mm(h_MF, self.down_proj, ends_E)
 
         # 3. back in the order of the tokens
-        is_trained = torch.is_grad_enabled() and weight_NK.dtype == torch.float32
-        if is_trained and kernels_for(y_MD, dtype=compute_dtype(x_ND)):
+        if is_mixed:
             out_ND: Tensor = _Mix.apply(y_MD, place_M, weight_NK)  # type: ignore[no-untyped-call]
             return out_ND.to(x_ND.dtype)
         y_MD = _TakeRows.apply(y_MD, place_M, order_M, 1)  # type: ignore[no-untyped-call]
@@ -99,6 +106,25 @@ def _is_fast_in_bf16(device: str) -> bool:
     return device != "cpu" or has_bf16(torch.device(device))
 
 
+def _pad_blocks(place_M: Tensor, expert_M: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengthen each expert's block to a multiple of `TILE_ROWS`, for bf16 on a CPU.
+
+    oneDNN makes code for every size that it sees, at half a millisecond and half a megabyte each,
+    and an expert's rows are others at every step.
+
+    Returns:
+        The new `place` and `ends`, and between them the row that lies at each place; where there
+        is none, the first, of which nothing comes.
+    """
+    sizes_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    room_E = (sizes_E + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    new_ends_E = room_E.cumsum(0, dtype=torch.int32)
+    place_M = place_M + (new_ends_E - room_E - ends_E + sizes_E)[expert_M]
+    order_P = place_M.new_zeros(int(new_ends_E[-1]))
+    order_P[place_M] = torch.arange(len(place_M))
+    return place_M, order_P, new_ends_E
+
+
 class _Mix(torch.autograd.Function):
     """Weighted sum over a token's experts, from where their rows are: for training on a CPU."""
 
@@ -116,7 +142,7 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, g_ND: Tensor) -> tuple[Tensor, None, Tensor]:
         """Return the gradients of the rows and the weights."""
         y_MD, place_M, weight_NK = ctx.saved_tensors
-        dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weight_NK)
+        dy_MD, dw_NK = torch.zeros_like(y_MD), torch.empty_like(weight_NK)
         given = y_MD, place_M, weight_NK, g_ND.contiguous(), dy_MD, dw_NK
         kernels_of(y_MD).mix_backward(*given, *weight_NK.shape, y_MD.shape[1])
         return dy_MD, None, dw_NK
