@@ -158,6 +158,8 @@ class Bar:
 
     def _state(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-6)
+        if not self._total and not self._done:  # nothing is counted, such as what a library does
+            return human_time(seconds) + (f"  {self._note}" if self._note else "")
         rate = (self._done - self._before or self._done) / seconds
         parts = [self._amount(self._done)]
         if self._total:

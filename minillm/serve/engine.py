@@ -123,6 +123,8 @@ class Engine(Generator):
                 num_left=room,
                 sequence=sequence,
             )
+            if measures and len(prompt_ids) == 1:  # a first token has none: nothing to compute
+                request.text.prompt_logprobs = (None,)
             request.text.request = request
             sequence.request = request
             self._inbox.append(request)

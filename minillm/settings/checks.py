@@ -10,7 +10,7 @@ def check_positive(config: object, *names: str) -> None:
     """Raise ConfigError unless each named field is > 0."""
     for name in names:
         value = getattr(config, name)
-        if value <= 0:
+        if not value > 0:  # a NaN too
             flag = "--" + name.replace("_", "-")
             raise ConfigError(
                 f"`{flag}` must be positive, got {value}",
@@ -24,8 +24,21 @@ def check_range(config: object, name: str, low: float, high: float) -> None:
     if not low <= value <= high:
         flag = "--" + name.replace("_", "-")
         raise ConfigError(
-            f"`{flag}` must lie between {low} and {high}, got {value}", hint=f"try `{flag} {high}`"
+            f"`{flag}` must lie between {low} and {high}, got {value}",
+            hint=f"try `{flag} {low if value < low else high}`",
         )
+
+
+def check_not_negative(config: object, *names: str) -> None:
+    """Raise ConfigError unless each named field is 0 or more."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"`{flag}` must not be negative, got {value}",
+                hint=f"leave `{flag}` out for its default, or give 0 or more",
+            )
 
 
 def check_package(flag: str, name: str) -> None:

@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 from annotated_doc import Doc
 
 from minillm import paths
-from minillm.settings.checks import check_package, check_positive, check_range, duration_s
+from minillm.errors import ConfigError
+from minillm.settings.checks import (
+    check_not_negative,
+    check_package,
+    check_positive,
+    check_range,
+    duration_s,
+)
 from minillm.settings.kinds import Device, Precision, Tracker
 
 
@@ -40,6 +47,13 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Reject values that no run can use."""
         check_positive(self, "muon_lr", *(("lr",) if self.lr else ()))
+        check_not_negative(self, "weight_decay", "grad_clip")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            first, second = self.betas
+            raise ConfigError(
+                f"`--betas` must be 0 or more and below 1, got {first} and {second}",
+                hint="try `--betas 0.9 0.95`",
+            )
         for name in ("warmup_ratio", "decay_ratio", "min_lr_ratio"):
             check_range(self, name, 0, 1)
 
@@ -65,6 +79,7 @@ class BatchConfig:
     def __post_init__(self) -> None:
         """Reject empty batches."""
         check_positive(self, "batch_tokens", "sequence_length")
+        check_not_negative(self, "micro_batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +103,7 @@ class ReportConfig:
     def __post_init__(self) -> None:
         """Reject intervals that never come, and a tracker that is not installed."""
         check_positive(self, "log_every", "eval_tokens", "keep")
+        check_not_negative(self, "eval_every", "save_every", "sample_tokens")
         duration_s(self.max_time)
         if self.tracker != "none":
             check_package("--tracker", self.tracker)
@@ -131,6 +147,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         """Reject runs of no length."""
         check_positive(self, "epochs")
+        check_not_negative(self, "steps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +191,7 @@ class SftConfig:
     def __post_init__(self) -> None:
         """Reject runs of no length."""
         check_positive(self, "epochs")
+        check_not_negative(self, "steps")
         check_range(self, "neftune_alpha", 0, 1000)
 
 
@@ -197,8 +215,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         """Reject amounts below nothing."""
-        for name in ("tokens", "price_per_hour"):
-            check_range(self, name, 0, float("inf"))
+        check_not_negative(self, "tokens", "price_per_hour")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

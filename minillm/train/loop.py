@@ -123,7 +123,7 @@ class _Loop:
         self.writer = CheckpointWriter(job)
         self.log = MetricLog(job.run, state, job.report.tracker) if job.world.is_main else None
         self.flops = flops_per_token(job.model, job.batch.sequence_length)
-        self.peak = peak_flops(job.device, job.dtype) * job.world.size
+        self.peak = self.measure_peak()
         self.timer, self.timed_tokens = time.perf_counter(), 0
         self.is_first, self.last_norm = True, 0.0
 
@@ -323,7 +323,12 @@ class _Loop:
                 if self.log is not None:
                     self.log.write_text(f"sample/{number}", state.step, f"{prompt} → {text}")
                 self.progress.line(sample_line(prompt, text))
+        self.peak = self.measure_peak()
         self.timer += time.perf_counter() - paused  # speed is that of training alone
+
+    def measure_peak(self) -> float:
+        """Return the FLOP/s of all processes that MFU is a share of."""
+        return peak_flops(self.job.device, self.job.dtype) * self.job.world.size
 
     def measure(self) -> dict[str, float]:
         """Evaluate, alone with fewer rows at a time until it fits into memory."""

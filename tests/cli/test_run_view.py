@@ -8,6 +8,7 @@ import sys
 import pexpect
 import pytest
 
+from minillm.cli.console import Bar
 from minillm.cli.run_view import curve_line, number_line, sparkline
 
 NUMBERS = {
@@ -81,3 +82,15 @@ def test_piped_there_are_only_plain_lines() -> None:
     assert note == "step 1020: validation loss 3.3"
     assert last.startswith("pretrain: 1,020/2,000 steps")
     assert last.endswith(f"loss 4.250  {number_line(NUMBERS)}")
+
+
+def test_what_counts_nothing_shows_only_its_time(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = Bar()
+    bar.start("learn merges", None, "tokens")
+    bar.finish()
+    bar.start("count", None, "tokens")
+    bar.advance(5)
+    bar.finish()
+    merging, counting = capsys.readouterr().err.splitlines()
+    assert merging == "learn merges: 0 s"
+    assert counting.startswith("count: 5 tokens")

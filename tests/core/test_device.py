@@ -1,10 +1,15 @@
-"""The memory that a process keeps, counted by the system's own page faults."""
+"""The memory that a process keeps, counted by the system's own page faults; the peak of MFU."""
 
 import platform
 import subprocess
 import sys
+import time
+from typing import Any
 
 import pytest
+import torch
+
+from minillm import device
 
 COUNT = """
 import resource, torch
@@ -31,3 +36,23 @@ def test_memory_that_was_freed_is_not_faulted_in_again() -> None:
     pages = 60 * 40_000_000 // 4096
     assert count_faults(keeps=False) > pages * 0.9
     assert count_faults(keeps=True) < pages * 0.4
+
+
+def test_a_busy_moment_does_not_lower_the_peak_for_the_rest_of_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu, mm = torch.device("cpu"), torch.mm
+    monkeypatch.setattr(device, "_best_matmul", {})
+
+    def slow(*args: Any, **options: Any) -> None:
+        time.sleep(0.5)
+        mm(*args, **options)
+
+    monkeypatch.setattr(torch, "mm", slow)
+    busy = device.peak_flops(cpu, torch.float32)
+    assert 0 < busy < 2 * 1024**3 / 0.5
+    monkeypatch.setattr(torch, "mm", mm)
+    alone = device.peak_flops(cpu, torch.float32)
+    assert alone > busy
+    monkeypatch.setattr(torch, "mm", slow)
+    assert device.peak_flops(cpu, torch.float32) == alone

@@ -327,6 +327,14 @@ def test_everything_a_delta_carries_is_that_of_the_generator(generator: Generato
             )
 
 
+@pytest.mark.parametrize("max_tokens", [0, 4])
+def test_a_prompt_of_one_token_is_measured_too(generator: Generator, max_tokens: int) -> None:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, prompt_logprobs=1, logprobs=1)
+    ours, theirs = engine_of(generator).generate([5], params), generator.generate([5], params)
+    assert ours.prompt_logprobs == theirs.prompt_logprobs == (None,)
+    assert ours.token_ids == theirs.token_ids
+
+
 def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(generator: Generator) -> None:
     whole = generator.generate([5, 9, 13], greedy(40))
     stop = whole.text[len(whole.text) // 2 :][:3]
