@@ -236,11 +236,8 @@ def table(models: list[str], it: Setting, turns: int) -> None:
     print(f"| {it.precision}, {what} | {heads} |")
     print("|" + 9 * "---|")
     where = f"{describe(cpu)} | torch {torch.__version__}, transformers {transformers.__version__}"
-    peaks = []
-    for _ in range(5):  # one may be disturbed
-        peak_flops.cache_clear()
-        peaks.append(peak_flops(cpu, pick_dtype(it.precision, cpu)))
-    peak = max(peaks)
+    dtype = pick_dtype(it.precision, cpu)
+    peak = max(peak_flops(cpu, dtype) for _ in range(5))  # one may be disturbed
     for name in models:
         found: dict[str, list[tuple[float, int]]] = {way: [] for way in WAYS}
         for _ in range(turns):

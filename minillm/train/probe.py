@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm.data.windows import Rows
-from minillm.device import peak_flops, peak_memory_bytes
+from minillm.device import keep_freed_memory, peak_flops, peak_memory_bytes
 from minillm.errors import RunError
 from minillm.log import Progress
 from minillm.models.base import flops_per_token
@@ -110,6 +110,8 @@ def probe(
         device=device,
         dtype=dtype,
     )
+    if device.type == "cpu":
+        keep_freed_memory()  # as a run does
     if batch.activation_checkpointing:
         model.activation_checkpointing_enable()
     row_bytes = activation_bytes(job)
