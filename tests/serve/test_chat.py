@@ -323,14 +323,20 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(
 def test_ctrl_c_while_answering_stops_the_answer_only(
     session: Session, keyboard: PipeInput
 ) -> None:
+    def pieces() -> Iterator[str]:
+        for count in range(300):
+            if count == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.002)
+            yield "x"
+
     session.settings = SamplingConfig(max_tokens=300)
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    screen = typed(session, keyboard, "slow\rhi\r\x04")
-    timer.join()
+    source: Any = session.speaker.source
+    source.script = {**source.script, "slow down": pieces()}
+    screen = typed(session, keyboard, "slow down\rhi\r\x04")
     assert "stopped · " in screen
     said = [turn["content"] for turn in session.turns]
-    assert said[0] == "slow"
+    assert said[0] == "slow down"
     assert 0 < len(said[1]) < 300
     assert said[2:] == ["hi", "Hello!"]
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
@@ -103,7 +104,16 @@ def test_several_choices_of_one_request_come_together(server: Running) -> None:
     assert answer.usage.completion_tokens <= 24
 
 
-def test_a_client_that_leaves_frees_its_place_within_a_second(server: Running) -> None:
+def test_a_client_that_leaves_frees_its_place_within_a_second(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = server.backend.engine.runner.decode
+
+    def decode_slowly(answers: Any) -> Any:  # else all may be said before the client has left
+        time.sleep(0.005)
+        return decode(answers)
+
+    monkeypatch.setattr(server.backend.engine.runner, "decode", decode_slowly)
     body = {"model": MODEL, "prompt": "a", "min_tokens": 1900, "max_tokens": 1900, "stream": True}
     with (
         httpx.Client() as client,
