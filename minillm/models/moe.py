@@ -142,7 +142,9 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, g_ND: Tensor) -> tuple[Tensor, None, Tensor]:
         """Return the gradients of the rows and the weights."""
         y_MD, place_M, weight_NK = ctx.saved_tensors
-        dy_MD, dw_NK = torch.zeros_like(y_MD), torch.empty_like(weight_NK)
+        is_padded = len(y_MD) > len(place_M)  # rows without a place have a gradient of 0
+        dy_MD = (torch.zeros_like if is_padded else torch.empty_like)(y_MD)
+        dw_NK = torch.empty_like(weight_NK)
         given = y_MD, place_M, weight_NK, g_ND.contiguous(), dy_MD, dw_NK
         kernels_of(y_MD).mix_backward(*given, *weight_NK.shape, y_MD.shape[1])
         return dy_MD, None, dw_NK

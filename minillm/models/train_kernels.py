@@ -48,6 +48,8 @@ def kernels_for(*tensors: Tensor, dtype: torch.dtype | None = None) -> Kernels |
     dtype = dtype or tensors[0].dtype
     if any(t.dtype != dtype or t.device.type != "cpu" for t in tensors):
         return None
+    if compute_dtype(tensors[0]) not in NUMBERS:  # autocast to fp16
+        return None
     return load_kernels(dtype)
 
 

@@ -297,3 +297,14 @@ def test_experts_are_mixed_as_without_kernels(num: int, monkeypatch: pytest.Monk
         found.append((y.detach(), *grads))
     for mine, other in zip(*found, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-5)
+
+
+def test_autocast_to_a_dtype_without_kernels_takes_the_operations_of_pytorch() -> None:
+    torch.manual_seed(0)
+    model: Any = registry.build_model(registry.build_config("mini_llama3:tiny", vocab_size=99))
+    ids = torch.randint(99, (2, 12))
+    with torch.autocast("cpu", torch.float16):
+        out = model.train()(ids, labels=ids, use_cache=False)
+    out.loss.backward()
+    exact = model(ids, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(out.loss.float(), exact, atol=0.01, rtol=0.01)
